@@ -203,7 +203,7 @@ class Sidecar:
         if self._redis is not None:
             self._mesh.read_changes(self._redis.note)
         self._purses: PurseFile | None = None
-        if config.persistence is not None and config.persistence.file is not None and self.limiter.ledger is not None:
+        if config.persistence is not None and config.persistence.file is not None:
             self._purses = PurseFile(config.persistence.file, self.limiter.ledger)
         self._fabric = None if config.fabric is None else self._make_fabric(config.fabric, mesh_limits)
         self._service = RateLimitService(
@@ -407,7 +407,8 @@ class Sidecar:
             why = f"it cannot listen on {self._config.listen.sync}: {self._fabric.status.gateway_reason}"
             degraded.append(f"this sidecar cannot speak for its region: {why}")
         if self._mesh.is_id_taken:
-            degraded.append(f"limits are not shared with all: another sidecar has the node id {self._config.node.id}")
+            why = f"another sidecar has the node id {self._config.node.id}"
+            degraded.append(f"limits are not shared with all, and this node has no share of strict ones: {why}")
         gap_us = self.clock.gap_us
         if abs(gap_us) >= FAR_US:
             degraded.append(f"the system clock was set and is not believed yet: it is {_ahead(gap_us)}")
@@ -478,13 +479,15 @@ class Sidecar:
             replicating.cancel()
         await asyncio.wait([replicating])
         await self._console.stop()
-        is_restored = self._restoring is None or self._restoring.done()
         for chore in chores:
             chore.cancel()
         # They are small, and may not be had from the last snapshot.
         if self._purses is not None:
             await self._purses.keep()
-        if self._snapshots is not None and is_restored:
+        if self._snapshots is not None and self.reloader.has_rules.is_set():
+            if self._restoring is not None:
+                # The next snapshot replaces all that is in the file.
+                await asyncio.wait([self._restoring])
             self._end_after(STOP_SECONDS + SNAPSHOT_BUCKET_SECONDS * len(self.limiter.store))
             await self._snapshots.save(at_once=True)
         if self._fabric is not None:
@@ -501,7 +504,8 @@ class Sidecar:
         yield "join", self._join
         snapshots = self._snapshots
         if snapshots is not None:
-            yield "snapshots", lambda: self._keep(snapshots)
+            yield "snapshots", lambda: self._when_restored(snapshots.run)
+            yield "put_off", lambda: self._when_restored(snapshots.join_put_off)
         yield "quotas", self._quotas.run
         if self._redis is not None:
             yield "redis", self._redis.run
@@ -559,11 +563,11 @@ class Sidecar:
         await self.reloader.has_rules.wait()
         await persistence.load()
 
-    async def _keep(self, snapshots: SnapshotFile) -> None:
+    async def _when_restored(self, run: Callable[[], Awaitable[None]]) -> None:
         if self._restoring is not None:
-            await self._restoring
-        # Wait, because a snapshot now would replace the whole state by the part that was read so far.
-        await snapshots.run()
+            # A snapshot now would replace the whole state by the part that was read so far. A stop must not end that.
+            await asyncio.wait([self._restoring])
+        await run()
 
     async def _join(self) -> None:
         await self._front_end.ready.wait()
@@ -609,6 +613,9 @@ class Sidecar:
             self._gateway.use_rules(rules.digest)
         if self._fabric is not None:
             self._fabric.use_rules()
+        persistence = self._snapshots or self._redis
+        if persistence is not None:
+            persistence.use_rules()
         self._service.rules_loaded()
         self._quotas.rules_loaded()
         self._health.changed()

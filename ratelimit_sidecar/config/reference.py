@@ -136,8 +136,8 @@ descriptors:
 
 The domain is the context extension `domain`; over HTTP it stands in the `path_prefix`, `/ext_authz/shop`. Requests
 without one, over HTTP those with the prefix `/ext_authz/`, are for the domain with `default: true`. A request passes
-when its domain has no `ext_authz`, when it lacks what each of the descriptors is made from, or when no rule limits it.
-Rules from an xDS server have no `ext_authz`.
+when its domain has no `ext_authz`, when it lacks what each of the descriptors is made from, or when no rule limits it;
+over HTTP one for a domain that no rules have is denied with 404. Rules from an xDS server have no `ext_authz`.
 """
 
 _RULES_MATCHING = """\

@@ -338,7 +338,7 @@ class AuthzEntry(Section):
         None,
         alias="from",
         description="The part of the request that is its value. `header`: the header `name`, the first of several;"
-        " unless Envoy sends headers raw, what is before a comma."
+        " of `authorization`, and of all unless Envoy sends headers raw, what is before a comma."
         " `context_extension`: what Envoy's configuration of the route has under `name`. `path`: without the query."
         " `method`. `source_address`: of whoever is connected to Envoy, without port. `principal`: who that is by its"
         " TLS certificate. Over HTTP there are only the first, `path` and `method`."

@@ -412,7 +412,9 @@ class SyncConfig(Section):
         " all of them. A sidecar's part of each limit is its weight by the sum of all. A region with a `fabric` is one"
         " member, named as in `node.region`.",
     )
-    epoch: Epoch = Field(1, description="Number of these members; one more with each change of them.")
+    epoch: Epoch = Field(
+        1, description="Number of these members; one more with each change of them, which reaches all before the next."
+    )
     previous_members: Members | None = Field(
         None,
         description="The members of the epoch before, while `epoch` is above 1. A node that leaves is stopped before"

@@ -170,11 +170,7 @@ class Ledger:
         """
         bucket = self.bucket(key, limit, now_us)
         bucket.advance(now_us)
-        more = amount - bucket.withheld
-        if more > 0:
-            more = min(more, bucket.home, bucket.remaining * TOKEN)
-            bucket.level -= more * limit.period_us
-        bucket.withheld += more
+        bucket.withhold(amount)
         bucket.set_home(self.shares.home(key, limit.capacity, now_us), now_us)
         return bucket.withheld
 

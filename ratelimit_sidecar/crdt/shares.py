@@ -6,6 +6,8 @@ at most one limit while epochs differ:
 - A node of epoch E + 1 uses the smaller of its homes of E and E + 1. So together with nodes still on E the sum is at
   most that of E, and together with nodes on E + 1 at most that of E + 1.
 - It uses the new home in full once every member has shown epoch E + 1.
+- Until then weights that a member shows under an epoch before E count too: the change before has not reached it. So the
+  sum is at most that of the earliest epoch. Whom a node has not heard since its start it cannot heed.
 
 A node that leaves must be stopped before the new epoch is rolled out. A peer that shows other members under the same
 epoch is configured wrongly; then the smaller home of the two is used. Units are those of `strict.py`.
@@ -87,6 +89,10 @@ def rank(key: bytes, node: str) -> bytes:
     return blake2b(key, key=blake2b(node.encode(), digest_size=16).digest(), digest_size=8).digest()
 
 
+_WITHOUT_THIS_NODE: Final[Mapping[str, int]] = {"": 1}
+"""As weights: another node has all."""
+
+
 @dataclass(slots=True)
 class Shares:
     """The membership as one node sees it.
@@ -105,8 +111,13 @@ class Shares:
     conflicts: dict[str, ShownMembership] = field(default_factory=dict)
     """Peers that show other members under the same epoch. Only those of members have an effect; of others the first
     `MAX_CONFLICTS` are kept."""
+    is_id_taken: bool = False
+    """Another process has this node's id, and the home of it."""
     from_us: int = field(init=False)
     """When the home begins."""
+    _behind: list[tuple[Mapping[str, int], set[str]]] = field(default_factory=list)
+    """Weights of earlier epochs other than `previous`, each with the members that showed them last. What they show
+    counts also while they cannot be reached."""
     _current: set[str] = field(default_factory=set)
     """Peers that show this epoch, or did before a later one."""
     _upgraded: set[str] = field(default_factory=set)
@@ -133,6 +144,7 @@ class Shares:
             self._upgraded.add(peer)
             if now_us < self.from_us and self._upgraded >= self._others:
                 self.from_us = max(now_us, self.started_us + HOLD_US)
+            self._note_behind(peer, shown)
         if shown.epoch < self.membership.epoch:
             # It may have been restarted with an older configuration.
             self._current.discard(peer)
@@ -142,6 +154,18 @@ class Shares:
                     self.conflicts[peer] = shown
             elif is_other:
                 self._current.add(peer)
+
+    def _note_behind(self, peer: str, shown: ShownMembership) -> None:
+        for _, members in self._behind:
+            members.discard(peer)
+        if shown.epoch < self.membership.epoch and shown.weights != self.membership.previous:
+            for weights, members in self._behind:
+                if weights == shown.weights:
+                    members.add(peer)
+                    break
+            else:
+                self._behind.append((shown.weights, {peer}))
+        self._behind = [each for each in self._behind if each[1]]
 
     def part(self, now_us: int) -> float:
         """This node's part of every limit at `now_us`, but for rounding."""
@@ -169,4 +193,7 @@ class Shares:
         found = [self.membership.weights]
         if self.membership.previous is not None and not self.is_settled:
             found.append(self.membership.previous)
+            found += [weights for weights, _ in self._behind]
+        if self.is_id_taken:
+            found.append(_WITHOUT_THIS_NODE)
         return found + [shown.weights for peer, shown in self.conflicts.items() if self.is_member(peer)]

@@ -22,7 +22,7 @@ from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.journal import Journal, is_nearly_used_up
 from ratelimit_sidecar.crdt.limit import AnyLimit, Limit, Window
 from ratelimit_sidecar.crdt.room import Room
-from ratelimit_sidecar.crdt.token_bucket import TokenBucket
+from ratelimit_sidecar.crdt.token_bucket import Sealing, TokenBucket
 from ratelimit_sidecar.crdt.untracked_dict import SHARDS, UntrackedDict
 from ratelimit_sidecar.crdt.window import FixedWindow, SlidingWindow
 
@@ -43,6 +43,9 @@ MAX_SHIFT: Final = 6
 
 MAX_FIRST_OF_LIMIT: Final = 4_096
 """The most buckets of one limit that are written or told before all others, since they are nearly used up."""
+
+RESTORED_ENTRIES: Final = 256
+"""Of one bucket, joined in a piece."""
 
 LimitOfKey = Callable[[bytes], AnyLimit | None]
 """The limit of a key that a peer names; None when this replica has no replicated rule for it."""
@@ -183,6 +186,44 @@ class Store:
         if sender is not None:
             bucket.correct(sender, entries, now_us)
         return bucket.merge(entries, now_us)
+
+    def restore(
+        self,
+        key: bytes,
+        limit: AnyLimit,
+        base: Base,
+        entries: Sequence[Entry],
+        now_us: int,
+        *,
+        replicated: bool = True,
+    ) -> Iterator[None]:
+        """Join what was written down of a whole bucket, however long ago, in pieces; yields between two of them.
+
+        Args:
+            limit, replicated: as for `join`.
+            base: as for `join`; `NO_BASE` when there was none.
+        """
+        sealing = Sealing(limit, base, now_us) if isinstance(limit, Limit) else None
+        journal = self.journal
+        left: Sequence[Entry] = entries
+        while True:
+            piece, left = (
+                (left, ()) if len(left) <= RESTORED_ENTRIES else (left[:RESTORED_ENTRIES], left[RESTORED_ENTRIES:])
+            )
+            joined = None
+            if sealing is not None:
+                piece = sealing.add(piece)
+                joined = None if left else sealing.base
+            journal.is_restoring = True
+            try:
+                self.join(key, limit, joined, piece, now_us, replicated=replicated)
+            finally:
+                journal.is_restoring = False
+                # These counts are for data of peers.
+                journal.refused.clear()
+            if not left:
+                return
+            yield
 
     def clear(self) -> Iterator[None]:
         """Forget all buckets, in steps of some thousands; then the store must not be used any more.

@@ -71,6 +71,7 @@ class StrictBucket(Bucket):
     __slots__ = (
         "_active",
         "_homes",
+        "_kept_until_us",
         "_lacking",
         "_limit",
         "_wanted",
@@ -78,6 +79,7 @@ class StrictBucket(Bucket):
         "aside",
         "ceiling",
         "denied_us",
+        "held_back",
         "home",
         "home_version",
         "is_active",
@@ -111,6 +113,9 @@ class StrictBucket(Bucket):
         """Of `homes`, or of whoever sets the home: whether it has to be set again; 0 while it is not known."""
         self.withheld = 0
         """Not part of `home`: Envoys have token buckets with this amount."""
+        self.held_back = 0
+        """The part of the capacity whose refill Envoys have, not part of `home` either. Another capacity than the one
+        by which it was withheld makes it another amount than `withheld`."""
         self.level = 0
         """L, in grains at `at_us`. Below 0 after denied hits that were charged."""
         self.reserved: dict[int, int] = {}
@@ -127,6 +132,8 @@ class StrictBucket(Bucket):
         self.ceiling, self.refill = in_grains(limit, home)
         """The home (H) in grains, and its refill in grains per microsecond."""
         self._wanted, self._wanted_us = 0, now_us
+        self._kept_until_us = 0
+        """By then each limit that it has had would have refilled its home."""
         self.denied_us = NEVER_US
         """Time of the last denial."""
         self.advance(now_us)
@@ -385,24 +392,38 @@ class StrictBucket(Bucket):
         """See `Bucket.set_limit`. The caller must call `set_home` afterwards."""
         assert isinstance(limit, Limit)
         self.advance(now_us)
+        self._kept_until_us = max(self._kept_until_us, self.at_us + self.full_in_us)
         # Rounded down, so that a change adds no tokens.
         self.level = self.level * limit.period_us // self._limit.period_us
+        self.held_back = -(-self.held_back * max(1, limit.capacity) // max(1, self._limit.capacity))
         self._limit = limit
         self._lacking.clear()
+
+    def withhold(self, amount: int) -> None:
+        """Set `withheld` at `at_us`. More is withheld only if the bucket has as many tokens, which it gives up. The
+        caller must call `set_home` afterwards."""
+        more = amount - self.withheld
+        if more > 0:
+            more = min(more, self.home, self.remaining << 32)
+            self.level -= more * self._limit.period_us
+        self.withheld += more
+        # What tokens could not be had for may be some Envoy's until it reports.
+        self.held_back = max(self.withheld, min(self.held_back, amount))
 
     def set_home(self, home: int, now_us: int) -> None:
         """Set another home from now on, withheld tokens included; the level is cut to it, and debt to its ceiling."""
         self.advance(now_us)
-        self.home = max(0, home - self.withheld)
+        self.home = max(0, home - max(self.withheld, self.held_back))
         self.ceiling, self.refill = in_grains(self._limit, self.home)
         self.level = max(self.floor, min(self.level, max(0, self.ceiling - self.room_reserved)))
 
     def is_idle(self, now_us: int) -> bool:
         """True when it is full, no ask is open, no ticket set aside and nothing withheld: a new bucket would not have
-        more.
+        more, not even under a limit that it had before.
         """
         self.advance(now_us)
-        return self.level == self.ceiling and not self.reserved and not self.aside and not self.withheld
+        is_full = self.level == self.ceiling and not self.reserved and not self.aside and not self.withheld
+        return is_full and self.at_us >= self._kept_until_us
 
     def fold(self, now_us: int) -> int:
         """This replica's level. A strict bucket has no replicated state."""

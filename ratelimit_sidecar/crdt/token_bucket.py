@@ -43,6 +43,7 @@ class TokenBucket(Bucket):
     __slots__ = (
         "_base_deficit",
         "_base_us",
+        "_former",
         "_kept_until_us",
         "_limit",
         "_peak",
@@ -77,6 +78,8 @@ class TokenBucket(Bucket):
         """It is not dropped as idle before this time. An own slot was sealed before it was over, because the limit had
         wider slots then; or slots were sealed early, and peers still hold them (see `shorten`).
         """
+        self._former: _Former | None = None
+        """Of the limits it has had, the one that takes longest to refill what was taken under it."""
 
     @property
     def limit(self) -> Limit:
@@ -134,8 +137,8 @@ class TokenBucket(Bucket):
     def _deficit_at(self, slot: int) -> int:
         """The scaled deficit at the instant where a refund in `slot` counts."""
         middle_us = min(placed_us(slot, self._limit.exponent), self.at_us)
-        events = self._events(self._tokens_by_slot().items(), middle_us)
-        return self._fold_from_base(events, middle_us, None).deficit
+        events = _events(self._limit, self._tokens_by_slot().items(), middle_us)
+        return _fold(self._limit, self.base, events, middle_us, None).deficit
 
     @property
     def remaining(self) -> int:
@@ -305,17 +308,37 @@ class TokenBucket(Bucket):
         for slot in self._slots():
             if slot >= boundary_us or slot_end_us(slot) > self.at_us:
                 return False
-        return self.at_us >= self._kept_until_us
+        return self.at_us >= self._kept_until_us and (self._former is None or self.at_us >= self._former.full_at_us)
 
     def set_limit(self, limit: AnyLimit, now_us: int) -> None:
-        """See `Bucket.set_limit`. Takes within the horizon still count, at the new rate."""
+        """See `Bucket.set_limit`. Takes within the horizon still count, at the new rate. What was taken earlier, and a
+        former limit has not refilled yet, still counts if the horizon becomes longer again.
+        """
         assert isinstance(limit, Limit)
         self.advance(now_us)
+        replaced, former = _Former(self._limit, self.at_us + self.full_in_us), self._former
         scaled = -(-self._base_deficit * limit.period_us // self._limit.period_us)
         self._base_deficit = min(scaled, limit.debt_ceiling)
         self._limit = limit
         # The next take opens a slot of the new width.
         self._close_own_slot()
+        self._recount()
+        if former is not None and limit.horizon_us > replaced.limit.horizon_us:
+            self._owe(former)
+        if former is None or former.full_at_us < replaced.full_at_us:
+            self._former = replaced
+
+    def _owe(self, former: _Former) -> None:
+        """Let no more be left than if the former limit, and its refill, had stayed. It is told to peers with the base,
+        of which the largest counts: they owe the same."""
+        limit = self._limit
+        drained_us = max(0, former.full_at_us - self.at_us)
+        owed = min(-(-drained_us * former.limit.tokens * limit.period_us // former.limit.period_us), limit.debt_ceiling)
+        if owed <= self.deficit:
+            return
+        taken = sum([-tokens if slot & REFUND else tokens for slot, tokens in self._tokens_by_slot().items()])
+        since_us = self.at_us - self._base_us
+        self._base_deficit = max(self._base_deficit, owed + since_us * limit.tokens - taken * limit.period_us)
         self._recount()
 
     def fold(self, now_us: int) -> int:
@@ -323,7 +346,8 @@ class TokenBucket(Bucket):
 
         Replicas with equal state and limit return equal integers, however far each has sealed.
         """
-        return self._fold_from_base(self._events(self._tokens_by_slot().items(), now_us), now_us, None).deficit
+        events = _events(self._limit, self._tokens_by_slot().items(), now_us)
+        return _fold(self._limit, self.base, events, now_us, None).deficit
 
     def settled(self, until_us: int, kept_until_us: int) -> Settled | None:
         """See `Bucket.settled`. No replica seals slots after the boundary of `kept_until_us` before then. So replicas
@@ -337,7 +361,7 @@ class TokenBucket(Bucket):
                 earlier.append((slot, tokens))
             elif slot_end_us(slot) <= until_us:
                 slots.append(slot)
-        deficit = self._fold_from_base(self._events(earlier, from_us - 1), from_us, None).deficit
+        deficit = _fold(limit, self.base, _events(limit, earlier, from_us - 1), from_us, None).deficit
         if not slots and self._kept_until_us <= kept_until_us and deficit <= (kept_until_us - from_us) * limit.tokens:
             # It will be full by then, so some replicas have dropped it.
             return None
@@ -355,6 +379,8 @@ class TokenBucket(Bucket):
         self._forget(lambda slot: slot > newest_us)
         if self._base_us > boundary_us:
             self._base_us, self._base_deficit = boundary_us, 0
+        if self._former is not None:
+            self._former = self._former._replace(full_at_us=self._former.full_at_us + now_us - self.at_us)
         self.at_us = now_us
         self._close_own_slot()
         self._kept_until_us = 0
@@ -387,72 +413,32 @@ class TokenBucket(Bucket):
             exponent -= 1
         return slot_id(self.at_us, exponent)
 
-    def _events(self, slots: Iterable[tuple[int, int]], last_us: int) -> list[tuple[int, int]]:
-        """Events as (time, tokens given back), in time order, none after `last_us`. Takes are negative, so that they
-        come before the refunds of the same instant. Takes of several origins in a slot may be one event or several.
-        """
-        exponent = self._limit.exponent
-        events = [
-            (min(placed_us(slot, exponent), last_us), tokens if slot & REFUND else -tokens) for slot, tokens in slots
-        ]
-        events.sort()
-        return events
-
-    def _fold_from_base(self, events: Iterable[tuple[int, int]], now_us: int, spilled: SpilledRefill | None) -> _Folded:
-        """Fold the base and `events` (see `_events`) up to `now_us`, and note spilled refill.
-
-        The deficit is cut to the debt ceiling at every event, so the result does not depend on whether, and in how
-        many steps, slots were sealed.
-        """
-        at_us, deficit = self._base_us, self._base_deficit
-        full_at_us = at_us
-        peak = deficit
-        tokens, period_us, debt_ceiling = self._limit.tokens, self._limit.period_us, self._limit.debt_ceiling
-        for event_us, given in events:
-            if event_us > at_us:
-                # After what was given back in the slot: what was held and given back is no debt.
-                deficit = min(deficit, debt_ceiling)
-            deficit -= (event_us - at_us) * tokens
-            if deficit <= 0:
-                if spilled is not None and deficit:
-                    spilled.note(-deficit, event_us)
-                deficit = 0
-                full_at_us = event_us
-            deficit -= given * period_us
-            if deficit < 0:
-                # More was given back than the deficit.
-                deficit = 0
-                full_at_us = event_us
-            peak = max(peak, deficit)
-            at_us = event_us
-        deficit = min(deficit, debt_ceiling)
-        deficit -= (now_us - at_us) * tokens
-        if deficit <= 0:
-            if spilled is not None and deficit:
-                spilled.note(-deficit, now_us)
-            return _Folded(0, now_us, peak)
-        return _Folded(deficit, full_at_us, peak)
-
     def _recount(self) -> None:
         self._spilled = SpilledRefill(self._limit, self._base_us) if self._received is not None else None
-        events = self._events(self._tokens_by_slot().items(), self.at_us)
-        folded = self._fold_from_base(events, self.at_us, self._spilled)
+        events = _events(self._limit, self._tokens_by_slot().items(), self.at_us)
+        folded = _fold(self._limit, self.base, events, self.at_us, self._spilled)
         self.deficit, self.full_at_us, self._peak = folded.deficit, folded.full_at_us, folded.peak
 
     def _seal_before(self, boundary_us: int) -> None:
         """Move the base up to `boundary_us`, and drop the slots before it."""
         own = [slot for slot in (self._own_slot, *(self._own or ())) if NO_SLOT < slot < boundary_us]
-        sealed = self._forget(lambda slot: slot < boundary_us)
-        # The boundary of a peer with narrower slots may lie inside one of our slots. That slot counts before it, too.
-        events = self._events(sealed.items(), boundary_us - 1)
-        folded = self._fold_from_base(events, boundary_us, None)
-        self._base_us, self._base_deficit = boundary_us, folded.deficit
+        forgotten = self._forget(lambda slot: slot < boundary_us)
+        self._base_deficit = _sealed(self._limit, self.base, forgotten, boundary_us)
+        self._base_us = boundary_us
         if self._received is None:
             self._spilled = None
         if boundary_us > self._limit.boundary_us(self.at_us) and self.journal is not None:
             self._kept_until_us = max(self._kept_until_us, boundary_us + self._limit.horizon_us)
         for slot in own:
             self._kept_until_us = max(self._kept_until_us, slot_end_us(slot))
+
+
+class _Former(NamedTuple):
+    """A limit that was replaced."""
+
+    limit: Limit
+    full_at_us: int
+    """When it would have refilled all that was taken under it."""
 
 
 class _Folded(NamedTuple):
@@ -463,3 +449,100 @@ class _Folded(NamedTuple):
     """The last time at which the deficit was 0."""
     peak: int
     """The largest deficit during the fold, after cuts."""
+
+
+class Sealing:
+    """Seals what was written down of a bucket, however long ago, as of `now_us`. `add` all, join what that returns,
+    and at last the `base`: a bucket of now ignores slots that are older than its horizon, since by now they are in
+    somebody's base, but nobody has sealed what was written down.
+
+    Args:
+        base: scaled by the period of `limit`; `NO_BASE` if none was written down.
+    """
+
+    __slots__ = ("_base", "_boundary_us", "_earlier", "_limit")
+
+    def __init__(self, limit: Limit, base: Base, now_us: int) -> None:
+        self._limit = limit
+        self._base = base
+        self._boundary_us = max(limit.boundary_us(now_us), base.boundary_us)
+        self._earlier: dict[int, int] = {}
+
+    def add(self, entries: Iterable[Entry]) -> list[Entry]:
+        """Add entries, each slot of an origin once in all; returns those that are left."""
+        later = []
+        oldest_us, boundary_us, earlier = self._base.boundary_us, self._boundary_us, self._earlier
+        for entry in entries:
+            slot = entry.slot
+            if slot >= boundary_us:
+                later.append(entry)
+            elif slot >= oldest_us:
+                earlier[slot] = earlier.get(slot, 0) + entry.tokens
+        return later
+
+    @property
+    def base(self) -> Base:
+        """The base of all that was added."""
+        return Base(self._boundary_us, _sealed(self._limit, self._base, self._earlier, self._boundary_us))
+
+
+def sealed(limit: Limit, base: Base, entries: Iterable[Entry], now_us: int) -> tuple[Base, list[Entry]]:
+    """The base, and the entries that are left, of what was written down of a bucket; see `Sealing`."""
+    sealing = Sealing(limit, base, now_us)
+    later = sealing.add(entries)
+    return sealing.base, later
+
+
+def _sealed(limit: Limit, base: Base, tokens_by_slot: dict[int, int], boundary_us: int) -> int:
+    """The scaled deficit at a new boundary, before which these slots began."""
+    # The boundary of a peer with narrower slots may lie inside one of these. That slot counts before it, too.
+    events = _events(limit, tokens_by_slot.items(), boundary_us - 1)
+    return _fold(limit, base, events, boundary_us, None).deficit
+
+
+def _events(limit: Limit, slots: Iterable[tuple[int, int]], last_us: int) -> list[tuple[int, int]]:
+    """Events as (time, tokens given back), in time order, none after `last_us`. Takes are negative, so that they come
+    before the refunds of the same instant. Takes of several origins in a slot may be one event or several.
+    """
+    exponent = limit.exponent
+    events = [(min(placed_us(slot, exponent), last_us), tokens if slot & REFUND else -tokens) for slot, tokens in slots]
+    events.sort()
+    return events
+
+
+def _fold(
+    limit: Limit, base: Base, events: Iterable[tuple[int, int]], now_us: int, spilled: SpilledRefill | None
+) -> _Folded:
+    """Fold a base and `events` (see `_events`) up to `now_us`, and note spilled refill.
+
+    The deficit is cut to the debt ceiling at every event, so the result does not depend on whether, and in how many
+    steps, slots were sealed.
+    """
+    at_us, deficit = base.boundary_us, base.deficit
+    full_at_us = at_us
+    peak = deficit
+    tokens, period_us, debt_ceiling = limit.tokens, limit.period_us, limit.debt_ceiling
+    for event_us, given in events:
+        if event_us > at_us:
+            # After what was given back in the slot: what was held and given back is no debt.
+            deficit = min(deficit, debt_ceiling)
+        deficit -= (event_us - at_us) * tokens
+        if deficit <= 0:
+            if spilled is not None and deficit:
+                spilled.note(-deficit, event_us)
+            deficit = 0
+            full_at_us = event_us
+        deficit -= given * period_us
+        if deficit < 0:
+            # More was given back than the deficit.
+            deficit = 0
+            full_at_us = event_us
+        peak = max(peak, deficit)
+        at_us = event_us
+    deficit = min(deficit, debt_ceiling)
+    deficit -= (now_us - at_us) * tokens
+    if deficit <= 0:
+        if spilled is not None and deficit:
+            spilled.note(-deficit, now_us)
+        return _Folded(0, now_us, peak)
+    return _Folded(deficit, full_at_us, peak)

@@ -2,8 +2,8 @@
 
 A tick calls a script with this sidecar's changes (`sharing`) and joins its answer: what others took. A call that fails,
 or takes longer than it may, ends the tick. The next tick comes after a back-off, and then everything is told again,
-since the server may have lost it; so it is after each new connection, as the server may be an older copy of itself. No
-request waits for any of it.
+since the server may have lost it; so it is after each new connection, as the server may be an older copy of itself, and
+when the server says that it has lost its data, which it is asked once a second. No request waits for any of it.
 """
 
 from __future__ import annotations
@@ -256,6 +256,8 @@ class Fabric:
                         size += len(asked.text)
                         batches[number] = asks
                     await time_slice.rest_when_due()
+                if sharing.has_to_ask:
+                    batches[number] = asks
         except asyncio.CancelledError:
             self._not_told(batches)
             raise
@@ -279,7 +281,8 @@ class Fabric:
         if not is_list or not all(isinstance(text, bytes) for text in answer[2:]):
             raise BadRecord("an answer of another script")
         epoch, version, *texts = answer
-        sharing.check(epoch, version)
+        if not sharing.check(epoch, version):
+            self._again = self._store.walk()
         for asked, text in zip(asks, texts, strict=True):
             if text.startswith(b"!"):
                 error = text[1:].decode(errors="replace")

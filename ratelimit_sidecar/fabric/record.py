@@ -6,17 +6,19 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
+from ratelimit_sidecar.crdt.bucket import NO_BASE, Base, Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.journal import is_nearly_used_up
 from ratelimit_sidecar.crdt.limit import MAX_AHEAD_US, MAX_EXPONENT, MIN_EXPONENT, AnyLimit, Limit, Window
 from ratelimit_sidecar.crdt.slot import REFUND, slot_exponent, slot_start_us
-from ratelimit_sidecar.crdt.token_bucket import SEAL_BATCH_SLOTS
+from ratelimit_sidecar.crdt.token_bucket import SEAL_BATCH_SLOTS, sealed
 from ratelimit_sidecar.fabric.scripts import MAX_SLOTS, ROOM_SHARE, URGENT_ROOM_SHARE, class_of
 from ratelimit_sidecar.persistence.redis_record import BadRecord, read_base
 from ratelimit_sidecar.replication.deltas import MAX_SLOT_TOKENS, MAX_TIME_US
 
 OTHERS: Final = Origin("fabric", 1)
 """The origin of the others' counts in a sidecar's store."""
+
+_ELSEWHERE: Final = Origin("elsewhere", 1)
 
 _KEPT_WIDTHS: Final = {Window.FIXED: 3, Window.SLIDING: 65}
 """A window's slot counts for so many of its own widths."""
@@ -76,18 +78,41 @@ def share_text(
     return f"{room} {seen} {_state_text(bucket, now_us, is_quiet=is_quiet)}{_counts_text(own)}".encode()
 
 
-def gateway_text(bucket: Bucket, room: str, counts: Mapping[int, int], now_us: int) -> bytes:
-    """The text about a bucket in a gateway's call of `GATEWAY`: what other regions took."""
-    return f"{room} {_state_text(bucket, now_us)}{_counts_text(counts)}".encode()
+def gateway_text(bucket: Bucket, room: str, counts: Mapping[int, int], now_us: int, *, has_base: bool) -> bytes:
+    """The text about a bucket in a gateway's call of `GATEWAY`: what other regions took.
+
+    Args:
+        has_base: False while the bucket's base may miss what Redis has.
+    """
+    return f"{room} {_state_text(bucket, now_us, has_base=has_base)}{_counts_text(counts)}".encode()
 
 
-def read_counts(text: bytes, limit: AnyLimit, origin: Origin) -> Answer:
-    """Read `base;slot count slot count` as counts of `origin`.
+def read_counts(text: bytes, limit: AnyLimit, origin: Origin, now_us: int) -> Answer:
+    """Read `base;slot count slot count;slot count` as counts of `origin`, and after the second `;` of others.
+
+    Slots older than the horizon are folded into the base, as nobody may have done: of others no more is read.
 
     Raises:
         BadRecord: it is malformed.
     """
-    base, _, counts = text.partition(b";")
+    base_text, _, counts = text.partition(b";")
+    counts, _, others = counts.partition(b";")
+    entries = _entries(origin, counts)
+    if not isinstance(limit, Limit):
+        return Answer(None, entries)
+    try:
+        base = read_base(base_text, limit) if base_text else None
+    except ValueError as error:
+        raise BadRecord(str(error)[:100]) from error
+    of_all = entries + _entries(_ELSEWHERE, others)
+    boundary_us = limit.boundary_us(now_us)
+    if any(entry.slot < boundary_us for entry in of_all):
+        base, of_all = sealed(limit, base or NO_BASE, of_all, now_us)
+        entries = [entry for entry in of_all if entry.origin == origin]
+    return Answer(base, entries)
+
+
+def _entries(origin: Origin, counts: bytes) -> list[Entry]:
     try:
         numbers = [int(word) for word in counts.split()]
         if len(numbers) > 2 * MAX_SLOTS:
@@ -96,7 +121,6 @@ def read_counts(text: bytes, limit: AnyLimit, origin: Origin) -> Answer:
             Entry(origin, slot, min(count, MAX_SLOT_TOKENS))
             for slot, count in zip(numbers[::2], numbers[1::2], strict=True)
         ]
-        answered_base = read_base(base, limit) if base and isinstance(limit, Limit) else None
     except ValueError as error:
         raise BadRecord(str(error)[:100]) from error
     for _, slot, count in entries:
@@ -104,10 +128,10 @@ def read_counts(text: bytes, limit: AnyLimit, origin: Origin) -> Answer:
             raise BadRecord("a slot out of its range")
         if count < 1:
             raise BadRecord("a count below 1")
-    return Answer(answered_base, entries)
+    return entries
 
 
-def _state_text(bucket: Bucket, now_us: int, *, is_quiet: bool = False) -> str:
+def _state_text(bucket: Bucket, now_us: int, *, has_base: bool = True, is_quiet: bool = False) -> str:
     """How long the bucket is to be kept, in milliseconds; in how many seconds it is full, -1 when that is known; for
     how long its slots count, in microseconds; the time; and its base."""
     bucket.advance(now_us)
@@ -116,8 +140,9 @@ def _state_text(bucket: Bucket, now_us: int, *, is_quiet: bool = False) -> str:
     if isinstance(limit, Limit):
         # A replica whose base is behind still asks for what it has not folded.
         span_us = limit.horizon_us + (2 * SEAL_BATCH_SLOTS << limit.exponent)
-        boundary_us, deficit = bucket.base
-        base = f"{boundary_us} {boundary_us - (-deficit // limit.tokens)} {limit.period_us} {limit.tokens}"
+        if has_base:
+            boundary_us, deficit = bucket.base
+            base = f"{boundary_us} {boundary_us - (-deficit // limit.tokens)} {limit.period_us} {limit.tokens}"
     else:
         span_us = _KEPT_WIDTHS[limit.window] << limit.exponent
     full_in_us = bucket.full_in_us

@@ -74,12 +74,12 @@ class Shard:
 
     @property
     def is_known(self) -> bool:
-        """True once all is known that was there when it was asked first."""
+        """True once all is known that was there when it was asked first, or again."""
         return self._goal is not None and self.since >= self._goal
 
     def read_again(self) -> None:
         """Read all sums again: the server may have lost some."""
-        self.since = 0
+        self.since, self._goal = 0, None
 
     def check(self, epoch: bytes, version: int) -> bool:
         """Check an answer's head; False when the server has lost its data: then the answer is not all that there is."""
@@ -136,7 +136,7 @@ class Region:
 
     def note_again(self) -> None:
         """Queue some more of the buckets that are to be told again."""
-        if any(len(shard.news.slots) > self._max_news // 2 for shard in self.shards):
+        if any(len(shard.news.slots) > self._max_news // 2 or not shard.is_known for shard in self.shards):
             return
         if self._missed and self._again is None:
             self._missed, self._again = False, self.store.walk()
@@ -156,8 +156,9 @@ class Region:
             bucket = self.store.get(key)
             if bucket is not None:
                 counts = counts_of(bucket, self.origin, slots)
-                if counts:
-                    told[key] = gateway_text(bucket, room_for(bucket, self.store.room.rule_key), counts, now_us), slots
+                if counts or bucket.base_to_send is not None:
+                    room = room_for(bucket, self.store.room.rule_key)
+                    told[key] = gateway_text(bucket, room, counts, now_us, has_base=shard.is_known), slots
             await time_slice.rest_when_due()
         return told
 
@@ -204,7 +205,7 @@ class Region:
             try:
                 limit = self.store.limit_of_key(key)
                 if limit is not None:
-                    sums = read_counts(text, limit, self.origin)
+                    sums = read_counts(text, limit, self.origin, now_us)
                     self.store.join(key, limit, sums.base, sums.entries, now_us)
                     bucket = self.store.get(key)
                     if bucket is not None and sums.entries:

@@ -21,6 +21,9 @@ begin with `{prefix}:fabric1:{TAG}:`, where 1 is the format's version:
 Counts only grow, and a script raises a sum by as much as it raises a count, so all of it may be told again. What was
 given back in a window is no sum: each tells how much it is in all, and the highest one counts.
 
+The base has all that began before its boundary, since only those tell it who know all slots. Whoever reads later slots
+that are older than the horizon folds them into it. So a debt stays known when nobody uses the bucket.
+
 A slot is dropped once it is older than the longest span for which anybody who writes to the bucket counts it; so it
 does not matter if some of them still have another limit. `keep` has that span, until when it holds, and the number of
 slots at which old ones are looked for.
@@ -266,6 +269,8 @@ local function share(key, index, name, told)
   for at = FIRST, #asked, 2 do wanted[#wanted + 1] = 's' .. asked[at] end
   local found = redis.call('HMGET', key, unpack(wanted))
   local life = life_of(found[1], index)
+  -- Slots that others took before the base of a sidecar that has not heard of them are not in it.
+  local is_first = life and seen == '0'
   if not life then found, seen = {}, '0' end
   local id, base, keep_text, packed = found[1], found[2], found[3], found[4]
   local own = {}
@@ -273,22 +278,23 @@ local function share(key, index, name, told)
     if #packed > MAX_PACKED then error('a field that is too long') end
     own = cmsgpack.unpack(packed)
   end
-  local joined = not is_window and joined_base(base, tonumber(asked[8]), tonumber(asked[9]), asked[10], asked[11])
+  local boundary = tonumber(asked[8])
+  local joined = not (is_window or is_first) and joined_base(base, boundary, tonumber(asked[9]), asked[10], asked[11])
   local may_grow = has_room(class, room)
   local is_quiet = full < 0
   if not id and (joined or #asked >= FIRST) and not is_quiet then
     if not may_grow then return '-;;' end
     id, life = create(key, index), -1
   end
-  if id and joined and joined ~= base then
+  if not id then return ';;' end
+  if joined and joined ~= base then
     redis.call('HSET', key, 'base', joined)
     base = joined
   end
-  local sums, is_larger, mark = {}, false, ''
+  local sums, fields, news, is_larger, mark = {}, {}, {}, false, ''
+  local oldest, keep
   if #asked >= FIRST then
-    local fields, news = {}, {}
-    local now = math.min(now_here, tonumber(asked[7]))
-    local oldest, keep = dropping(key, keep_text, tonumber(asked[6]), now)
+    oldest, keep = dropping(key, keep_text, tonumber(asked[6]), math.min(now_here, tonumber(asked[7])))
     for at = FIRST, #asked, 2 do
       local slot, count = tonumber(asked[at]), tonumber(asked[at + 1])
       local here, elsewhere = sums_in(found[(at - FIRST) / 2 + 5])
@@ -308,32 +314,15 @@ local function share(key, index, name, told)
         news[#news + 1] = asked[at]
       end
     end
-    if #fields > 0 then
-      local count = 0
-      for slot in pairs(own) do
-        if slot < oldest then own[slot] = nil else count = count + 1 end
-      end
-      if count > MAX_SLOTS then
-        local slots = {}
-        for slot in pairs(own) do slots[#slots + 1] = slot end
-        table.sort(slots)
-        for i = 1, count - MAX_SLOTS do own[slots[i]] = nil end
-      end
-      fields[#fields + 1] = field
-      fields[#fields + 1] = cmsgpack.pack(own)
-      is_larger = is_larger or not packed
-      redis.call('ZADD', changed, version, name)
-      write(key, index, fields, news, keep_text, keep, oldest)
-    end
   end
-  if not id then return ';;' end
-  live_on(key, index, life, ttl)
+  -- Before old slots are dropped: nobody else may have them.
   local others = {}
   for _, slot in ipairs(redis.call('ZREVRANGEBYSCORE', index, number(version), '(' .. seen, 'LIMIT', 0, MAX_SLOTS)) do
     local here, elsewhere
     if sums[slot] then here, elsewhere = sums[slot][1], sums[slot][2] else here, elsewhere = sums_of(key, slot) end
     if here then
-      local sum = here - (own[tonumber(slot)] or 0) + elsewhere
+      local is_sealed = tonumber(slot) < boundary
+      local sum = here - (not is_sealed and own[tonumber(slot)] or 0) + elsewhere
       if is_window and is_refund(tonumber(slot)) then sum = math.max(here, elsewhere) end
       if sum > 0 then
         others[#others + 1] = slot
@@ -341,6 +330,24 @@ local function share(key, index, name, told)
       end
     end
   end
+  if #fields > 0 then
+    local count = 0
+    for slot in pairs(own) do
+      if slot < oldest then own[slot] = nil else count = count + 1 end
+    end
+    if count > MAX_SLOTS then
+      local slots = {}
+      for slot in pairs(own) do slots[#slots + 1] = slot end
+      table.sort(slots)
+      for i = 1, count - MAX_SLOTS do own[slots[i]] = nil end
+    end
+    fields[#fields + 1] = field
+    fields[#fields + 1] = cmsgpack.pack(own)
+    is_larger = is_larger or not packed
+    redis.call('ZADD', changed, version, name)
+    write(key, index, fields, news, keep_text, keep, oldest)
+  end
+  live_on(key, index, life, ttl)
   if not is_quiet then
     if #others > 0 then
       -- The sidecar does not know of these yet: full after both.
@@ -363,8 +370,9 @@ return answers
 """
 )
 """KEYS: clock, changed, held, and two of each bucket. ARGV: an epoch if there is none, the name of this life, the head
-of all names, how many places there are, `record.ask` for each. Answers the epoch, the version, and for each
-`id;base;slot count slot count`, after `-` when there was no room for some of it."""
+of all names, how many places there are, `record.share_text` for each. Answers the epoch, the version, and for each
+`id;base;slot count slot count`, after `-` when there was no room for some of it. The counts are what others took, but
+of slots before the asker's boundary all that was taken."""
 
 GATEWAY: Final = (
     _COMMON
@@ -419,15 +427,19 @@ local function read(name)
     redis.call('ZREM', changed, name)
     return ''
   end
-  local sums = {}
+  local sums, others = {}, {}
   for _, slot in ipairs(redis.call('ZREVRANGEBYSCORE', index, number(version), '(' .. since, 'LIMIT', 0, MAX_SLOTS)) do
-    local here = sums_of(key, slot)
+    local here, elsewhere = sums_of(key, slot)
     if here and here > 0 then
       sums[#sums + 1] = slot
       sums[#sums + 1] = number(here)
     end
+    if elsewhere and elsewhere > 0 then
+      others[#others + 1] = slot
+      others[#others + 1] = number(elsewhere)
+    end
   end
-  return (found[2] or '') .. ';' .. table.concat(sums, ' ')
+  return (found[2] or '') .. ';' .. table.concat(sums, ' ') .. ';' .. table.concat(others, ' ')
 end
 
 local replies = {}
@@ -468,9 +480,9 @@ return answers
 )
 """KEYS: clock, changed, held, fence, and two of each bucket that is told. ARGV: an epoch if there is none, the token,
 the head of all names, how many places there are, the version after which it asks, how many buckets it takes at most,
-`record.elsewhere` for each that is told. Answers the epoch, the version up to which this is all, the version, for each
-that was told '', `-` when there was no room for some of it, or `!` and the error, and then names with
-`base;slot count slot count`."""
+`record.gateway_text` for each that is told. Answers the epoch, the version up to which this is all, the version, for
+each that was told '', `-` when there was no room for some of it, or `!` and the error, and then names with
+`base;slot count slot count;slot count`: what was taken here, and elsewhere."""
 
 LEASE: Final = """
 local holder, token = string.match(redis.call('GET', KEYS[1]) or '', '^(.*) (%d+)$')

@@ -38,7 +38,8 @@ BUSY_US: Final = 1_000_000
 FORGET_US: Final = 10_000_000
 
 RESTING_TICKS: Final = 20
-"""A bucket that rests is asked about at one tick in so many."""
+"""A bucket that rests is asked about at one tick in so many; so is a shard without any, whether it has lost its data.
+"""
 
 MAX_SHARED: Final = 30_000
 """Buckets, some 400 bytes each: a dict of more takes milliseconds when it grows. For a further one the bucket
@@ -168,6 +169,9 @@ class Sharing:
         self._urgent = UrgentBuckets()
         self._left: tuple[int, int] = (0, 0)
         """Busy and resting ones that this tick still has to ask about."""
+        self._unanswered_ticks = 0
+        self.has_to_ask = False
+        """The shard is to be asked at this tick, even if it is about no bucket."""
         self._is_behind = False
         """More are busy than a tick asks about."""
         self._era = 0
@@ -224,9 +228,9 @@ class Sharing:
         return True
 
     def note_own(self, bucket: Bucket, now_us: int) -> None:
-        """Have all own counts of this bucket told, if there are any."""
+        """Have all own counts of this bucket told, and its base, if there are any."""
         # A bucket that is never replicated has no journal.
-        if bucket.journal is None or not self._own_counts(bucket, ALL):
+        if bucket.journal is None or (bucket.base_to_send is None and not self._own_counts(bucket, ALL)):
             return
         shared = self._busy.get(bucket.key) or self._resting.get(bucket.key)
         if shared is None:
@@ -245,10 +249,13 @@ class Sharing:
         self._is_behind = len(self._busy) > most
         resting = -(-len(self._resting) // RESTING_TICKS)
         self._left = min(len(self._busy), most), min(resting, most // RESTING_PART)
+        self._unanswered_ticks += 1
+        self.has_to_ask = self._unanswered_ticks >= RESTING_TICKS
 
     def skip_tick(self) -> None:
         """The shard cannot be asked at this tick; all of it is told again."""
         self._left = 0, 0
+        self.has_to_ask = False
         self.tell_again()
 
     def next_key(self) -> bytes | None:
@@ -299,6 +306,8 @@ class Sharing:
             (self._busy if is_busy else self._resting)[key] = shared
         if shared.era != self._era or shared.bucket is not bucket:
             shared.bucket, shared.era, shared.seen, shared.waiting = bucket, self._era, 0, ALL
+            # All that is older than the horizon is then before the base, and so answered with what was taken here.
+            bucket.seal(now_us)
         if shared.is_refused:
             shared.is_refused, shared.waiting = False, ALL
         told, shared.waiting = shared.waiting, []
@@ -315,19 +324,23 @@ class Sharing:
             return counts_of(bucket, OTHERS, None if slots is ALL else slots)
         return {}
 
-    def check(self, epoch: object, version: object) -> None:
+    def check(self, epoch: object, version: object) -> bool:
         """Check the head of an answer; `answered` is to be called for each bucket in it.
+
+        Returns:
+            False when the server has lost its data: then buckets that are not in use are to be told again, too.
 
         Raises:
             BadRecord: it is malformed.
         """
         if not isinstance(epoch, bytes) or not isinstance(version, int):
             raise BadRecord("an answer of another script")
-        if epoch != self._epoch or version <= self._version:
-            if self._epoch:
-                self.tell_again()
-            self._epoch = epoch
-        self._version = version
+        self._unanswered_ticks, self.has_to_ask = 0, False
+        is_lost = bool(self._epoch) and (epoch != self._epoch or version <= self._version)
+        if is_lost:
+            self.tell_again()
+        self._epoch, self._version = epoch, version
+        return not is_lost
 
     def answered(self, ask: Ask, text: bytes, now_us: int) -> None:
         """Join what the others took.
@@ -342,7 +355,7 @@ class Sharing:
         shared.id = identity
         try:
             if rest != b";":
-                others = read_counts(rest, bucket.limit, OTHERS)
+                others = read_counts(rest, bucket.limit, OTHERS, now_us)
                 self._store.join(bucket.key, bucket.limit, others.base, others.entries, now_us)
         except BadRecord:
             self.refused(ask)
@@ -353,6 +366,9 @@ class Sharing:
         if is_lost:
             shared.era = -1
         else:
+            if not shared.seen and bucket.base_to_send is not None:
+                # Redis has not joined its base, as it did not know the slots of others.
+                shared.waiting = ALL
             shared.seen = self._version
 
     def refused(self, ask: Ask) -> None:

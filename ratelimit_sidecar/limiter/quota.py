@@ -105,15 +105,19 @@ that it has, so it is told to drop those beyond.
 _USAGE_BYTES: Final = 32
 """Of a report on one bucket, besides its id."""
 
+_ABANDONED_AT_ONCE: Final = 512
 _MAX_ABANDONED_BYTES: Final = 1 << 16
-"""The most ids, in bytes, that wait to be sent to an Envoy that is to drop them. It soon reports again on others."""
+"""The most ids that wait to be sent to an Envoy that is to drop them, and their bytes. They are sent together, with the
+next tick or when there are so many, since its main thread copies all of its buckets for each message. It soon reports
+again on others.
+"""
 
 MAX_ABANDONED: Final = 65_536
 """The most buckets of all Envoys that were to be dropped within `ABANDONED_US`. Others are named in a later report."""
 
-ABANDONED_US: Final = SILENCE_US
+ABANDONED_US: Final = 6 * REPORT_US
 """An Envoy may report on a bucket that it was told to drop, since it hears that late when it has much to do. It is not
-told again before this time: each name that it does not know makes it log the whole message that it was in.
+told again before this time: for each bucket that it does not have it logs the whole message.
 """
 
 MAX_PAIRS: Final = 32
@@ -209,7 +213,9 @@ class Quotas:
         self._buckets_to_sweep: list[EnvoyBucket] = []
         self._pools_to_sweep: list[Pool] = []
         self._abandoned: dict[tuple[QuotaStream, int], int] = {}
-        """When Envoys were told to drop buckets, by the hash of the id: the oldest first."""
+        """When Envoys were told to drop buckets, by the hash of the pairs: the oldest first."""
+        self._abandoning: dict[QuotaStream, None] = {}
+        """Streams with ids to be sent after the next tick."""
         self._log = DemandLog()
 
     def open(self, wake: Callable[[], None]) -> QuotaStream:
@@ -223,6 +229,7 @@ class Quotas:
         are dropped by `drop_closed`.
         """
         del self.streams[stream]
+        self._abandoning.pop(stream, None)
         stream.is_open = False
         if stream.buckets:
             self._closed.append(stream)
@@ -255,13 +262,14 @@ class Quotas:
                 self._mark_dirty(pool)
 
     def take_actions(self, stream: QuotaStream, now_us: int, most: int) -> list[Action]:
-        """Look at `most` of the stream's buckets that are abandoned or due, and return the actions to send to the Envoy
-        now. They count as sent. There may be none, and more buckets due.
+        """Look at `most` of the stream's buckets that are due, and return the actions to send to the Envoy now. They
+        count as sent. There may be none, and more buckets due; or more than `most`, because of abandoned ones.
         """
-        actions = [Action(bucket_id, None) for bucket_id in stream.abandoned[:most]]
-        stream.abandoned_bytes -= sum([len(action.bucket_id) for action in actions])
-        del stream.abandoned[: len(actions)]
-        for bucket in list(islice(stream.due, most - len(actions))):
+        actions: list[Action] = []
+        if stream.sends_abandoned:
+            actions = [Action(bucket_id, None) for bucket_id in stream.abandoned]
+            stream.abandoned, stream.abandoned_bytes, stream.sends_abandoned = [], 0, False
+        for bucket in list(islice(stream.due, max(0, most - len(actions)))):
             del stream.due[bucket]
             action = self._next_action(bucket, now_us)
             if action is not None:
@@ -276,6 +284,9 @@ class Quotas:
         self._charges.tick(now_us)
         self.drop_closed(now_us)
         self._forget_abandoned(now_us)
+        for stream in self._abandoning:
+            self._send_abandoned(stream)
+        self._abandoning.clear()
         self._sweep_buckets(now_us)
         self._sweep_pools(now_us)
         for pool in self._learnt[-_DIVIDE_BUCKETS:]:
@@ -348,7 +359,7 @@ class Quotas:
         if not usage.pairs or len(usage.pairs) > MAX_PAIRS:
             counts.errors["bad_id"] += 1
             if usage.is_utf8:
-                self._abandon(stream, usage.bucket_id, now_us)
+                self._abandon(stream, usage.bucket_id, usage.pairs, now_us)
             return None
         key = (domain, usage.pairs)
         bucket = stream.buckets.get(key)
@@ -405,7 +416,7 @@ class Quotas:
         has_room = len(stream.buckets) < self._max_envoy_buckets - self.bucket_count and id_bytes <= MAX_REPORT_BYTES
         if not has_room or not self._has_room(pool):
             self.counts.errors["no_room"] += 1
-            self._abandon(stream, usage.bucket_id, now_us)
+            self._abandon(stream, usage.bucket_id, usage.pairs, now_us)
             return bucket
         if self._closed and pool.size <= _DIVIDE_BUCKETS // 8:
             # It may go on with an assignment that is about to be orphaned.
@@ -463,7 +474,7 @@ class Quotas:
         if not self._has_room(pool):
             self.counts.errors["no_room"] += 1
             self._drop(bucket, now_us)
-            self._abandon(bucket.stream, bucket.bucket_id, now_us)
+            self._abandon(bucket.stream, bucket.bucket_id, bucket.key[1], now_us)
             return
         self._leave_pool(bucket, now_us)
         bucket.pool = pool
@@ -488,21 +499,32 @@ class Quotas:
         if stream.is_crowded:
             self.counts.errors["no_room"] += 1
             if usage.is_utf8:
-                self._abandon(stream, usage.bucket_id, now_us)
+                self._abandon(stream, usage.bucket_id, usage.pairs, now_us)
             return True
-        return (stream, hash(usage.bucket_id)) in self._abandoned
+        return (stream, hash(usage.pairs)) in self._abandoned
 
-    def _abandon(self, stream: QuotaStream, bucket_id: bytes, now_us: int) -> None:
+    def _abandon(self, stream: QuotaStream, bucket_id: bytes, pairs: Pairs, now_us: int) -> None:
         """Have the Envoy drop a bucket of which there is no record: it reports on all that it has."""
-        has_room = stream.abandoned_bytes < _MAX_ABANDONED_BYTES
-        if bucket_id and has_room and self._note_abandoned(stream, bucket_id, now_us):
-            stream.abandoned.append(bucket_id)
-            stream.abandoned_bytes += len(bucket_id)
+        if not bucket_id or stream.sends_abandoned or not self._note_abandoned(stream, pairs or bucket_id, now_us):
+            return
+        stream.abandoned.append(bucket_id)
+        stream.abandoned_bytes += len(bucket_id)
+        self._abandoning[stream] = None
+        if len(stream.abandoned) == _ABANDONED_AT_ONCE or stream.abandoned_bytes >= _MAX_ABANDONED_BYTES:
+            self._send_abandoned(stream)
+
+    def _send_abandoned(self, stream: QuotaStream) -> None:
+        if stream.abandoned:
+            stream.sends_abandoned = True
             stream.wake()
 
-    def _note_abandoned(self, stream: QuotaStream, bucket_id: bytes, now_us: int) -> bool:
-        """Note that an Envoy is told to drop a bucket. Returns False if it was told before, or too many are noted."""
-        told = (stream, hash(bucket_id))
+    def _note_abandoned(self, stream: QuotaStream, bucket: Pairs | bytes, now_us: int) -> bool:
+        """Note that an Envoy is told to drop a bucket. Returns False if it was told before, or too many are noted.
+
+        Args:
+            bucket: its pairs, since Envoy sends them in any order; its id if that has none.
+        """
+        told = (stream, hash(bucket))
         if told in self._abandoned or len(self._abandoned) >= MAX_ABANDONED:
             return False
         self._abandoned[told] = now_us
@@ -604,7 +626,7 @@ class Quotas:
             # The Envoy drops its assignment with the bucket.
             bucket.expires_us = now_us
             self._drop(bucket, now_us)
-            self._note_abandoned(bucket.stream, bucket.bucket_id, now_us)
+            self._note_abandoned(bucket.stream, bucket.key[1], now_us)
             return Action(bucket.bucket_id, None)
         if bucket in pool.waiting:
             return None

@@ -180,7 +180,7 @@ class QuotaStream:
         wake: called when `Quotas.take` may return something.
     """
 
-    __slots__ = ("abandoned", "abandoned_bytes", "buckets", "due", "id_bytes", "is_open", "wake")
+    __slots__ = ("abandoned", "abandoned_bytes", "buckets", "due", "id_bytes", "is_open", "sends_abandoned", "wake")
 
     def __init__(self, wake: Callable[[], None]) -> None:
         self.wake = wake
@@ -192,6 +192,8 @@ class QuotaStream:
         self.abandoned: list[bytes] = []
         """Ids of buckets that have no record here, which the Envoy is to drop."""
         self.abandoned_bytes = 0
+        self.sends_abandoned = False
+        """True when they are to be sent now; until they are, no more are added."""
 
     @property
     def is_crowded(self) -> bool:

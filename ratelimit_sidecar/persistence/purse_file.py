@@ -2,10 +2,11 @@
 
     file = magic hash of holder { key amount }* checksum      hash, key = length:2 bytes      amount = 8 bytes
 
-It is written when nothing is admitted or paid any more, and is gone, for certain, before any of it is used again. So
-what is kept is only moved, as if this replica had held it all the time: no purse ever has more than it had. The holder
-is a node in a membership: under another one, others may have got its home meanwhile. A process that is killed writes
-no file, and begins with empty purses. An amount is in 2**-32 tokens, below 0 what is owed; numbers are little-endian.
+It is written when nothing is admitted or paid any more, and is gone, for certain, before this replica admits anything
+again. So what is kept is only moved, as if this replica had held it all the time: no purse ever has more than it had.
+The holder is a node in a membership: under another one, others may have got its home meanwhile. A process that is
+killed writes no file, and begins with empty purses. An amount is in 2**-32 tokens, below 0 what is owed; numbers are
+little-endian.
 """
 
 from __future__ import annotations
@@ -46,22 +47,27 @@ class PurseFile:
 
     Args:
         state: the snapshot's file, beside which this one is.
+        ledger: None without members: then a file from before is only deleted.
     """
 
-    def __init__(self, state: Path, ledger: Ledger) -> None:
+    def __init__(self, state: Path, ledger: Ledger | None) -> None:
         self._path = state.with_name(state.name + ENDING)
         self._ledger = ledger
-        self._holder = holder_of(ledger.shares.node, ledger.shares.membership)
+        self._holder = "" if ledger is None else holder_of(ledger.shares.node, ledger.shares.membership)
 
     async def restore(self) -> None:
         """Put back into the purses what is in the file, which is gone then. An error is logged."""
         try:
-            self._ledger.restore(await asyncio.to_thread(take_purses, self._path, self._holder))
+            kept = await asyncio.to_thread(take_purses, self._path, self._holder)
+            if self._ledger is not None:
+                self._ledger.restore(kept)
         except (OSError, BadPurses) as error:
             _log.error("purses_not_restored", file=str(self._path), reason=str(error))
 
     async def keep(self) -> None:
         """Write what the purses have, once nothing is admitted or paid any more. An error is logged."""
+        if self._ledger is None:
+            return
         try:
             await asyncio.to_thread(write_purses, self._path, self._holder, self._ledger.amounts_to_keep())
         except OSError as error:
@@ -96,17 +102,17 @@ def write_purses(path: Path, holder: str, purses: Iterable[tuple[bytes, int]]) -
 
 
 def take_purses(path: Path, holder: str) -> Mapping[bytes, int]:
-    """Read the file and delete it; returns nothing when there is no file.
+    """Delete the file, and return what was in it; nothing when there is no file.
 
     Raises:
-        BadPurses: it is malformed, or another holder's; it stays.
+        BadPurses: it was malformed, or another holder's.
         OSError: it cannot be read or removed; then nothing of it may be used.
     """
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
         return {}
-    purses = _read(raw, holder)
+    # Also if it is of no use here: its holder may come back, when others have refilled and spent the same.
     path.unlink()
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -114,7 +120,7 @@ def take_purses(path: Path, holder: str) -> Mapping[bytes, int]:
         os.fsync(folder)
     finally:
         os.close(folder)
-    return purses
+    return _read(raw, holder)
 
 
 def _pieces(holder: str, purses: Iterable[tuple[bytes, int]]) -> Iterable[bytes]:

@@ -17,14 +17,14 @@ microseconds, rounded up: a restored level may be lower by what is refilled in o
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.limit import MAX_AHEAD_US, MAX_EXPONENT, MIN_EXPONENT, AnyLimit, Limit, Window
 from ratelimit_sidecar.crdt.slot import REFUND, slot_exponent, slot_kind, slot_start_us
 from ratelimit_sidecar.crdt.store import Store
-from ratelimit_sidecar.crdt.token_bucket import SEAL_BATCH_SLOTS, TokenBucket
+from ratelimit_sidecar.crdt.token_bucket import SEAL_BATCH_SLOTS
 from ratelimit_sidecar.replication.deltas import MAX_SLOT_TOKENS, MAX_TIME_US
 from ratelimit_sidecar.replication.wire import ProtocolError, read_origin
 
@@ -233,8 +233,12 @@ def is_worth_keeping(limit: AnyLimit, every_us: int) -> bool:
     return limit.period_us > every_us
 
 
-def join_text(bucket: Bucket, entries: Iterable[Entry], now_us: int) -> bytes:
-    """The text for `JOIN`: these entries of the bucket, and its base."""
+def join_text(bucket: Bucket, lines: Iterable[str], now_us: int) -> bytes:
+    """The text for `JOIN`: some entries of the bucket, and its base.
+
+    Args:
+        lines: `entry_lines` of the entries. The bucket may have changed since: what was sealed is in the base as well.
+    """
     bucket.advance(now_us)
     limit = bucket.limit
     ttl_us = bucket.full_in_us + MAX_AHEAD_US
@@ -251,12 +255,12 @@ def join_text(bucket: Bucket, entries: Iterable[Entry], now_us: int) -> bytes:
         # Past slots are looked for once a window, or once in a quarter to half of a sliding one.
         batch_us = (1 if limit.window is Window.FIXED else SEAL_BATCH_SLOTS) << limit.exponent
         of_limit = (now_us, batch_us, 0, 0, 0, limit.exponent, 0, _KEPT_WIDTHS[limit.window])
-    lines = [" ".join(map(str, (now_us, ttl_us // 1_000, *of_limit)))]
-    lines += [f"{origin}\t{slots}" for origin, slots in _texts(entries)]
-    return ("\n".join(lines) + "\n").encode()
+    head = " ".join(map(str, (now_us, ttl_us // 1_000, *of_limit)))
+    return ("\n".join([head, *lines]) + "\n").encode()
 
 
-def _texts(entries: Iterable[Entry]) -> Iterable[tuple[str, str]]:
+def entry_lines(entries: Iterable[Entry]) -> Iterator[str]:
+    """Entries as lines for `join_text`, one for each origin."""
     counts: dict[Origin, dict[int, list[tuple[int, int]]]] = {}
     for origin, slot, tokens in entries:
         number = slot_start_us(slot) >> slot_exponent(slot)
@@ -274,7 +278,7 @@ def _texts(entries: Iterable[Entry]) -> Iterable[tuple[str, str]]:
                 parts += (number - last, tokens)
                 last = number
             groups.append(" ".join(map(str, parts)))
-        yield f"{origin.incarnation:x} {origin.node}", ";".join(groups)
+        yield f"{origin.incarnation:x} {origin.node}\t{';'.join(groups)}"
 
 
 _ORIGIN: Final = re.compile(rb"([0-9a-f]{1,16}) (.+)", re.DOTALL)
@@ -289,7 +293,7 @@ def restore_bucket(key: bytes, limit: AnyLimit, lines: bytes, store: Store, now_
     words = lines.split(b"\n")
     record = dict(zip(words[::2], words[1::2], strict=False))
     try:
-        at_us = _bounded(int(record[AT]), MAX_TIME_US)
+        _bounded(int(record[AT]), MAX_TIME_US)
         entries = [
             entry
             for field, text in record.items()
@@ -299,36 +303,8 @@ def restore_bucket(key: bytes, limit: AnyLimit, lines: bytes, store: Store, now_
         base = read_base(record[BASE], limit)
     except (KeyError, ValueError, ProtocolError) as error:
         raise BadRecord(str(error)) from error
-    joined_base = None
-    if isinstance(limit, Limit):
-        bucket = _folded(key, limit, base, entries, max(at_us, now_us))
-        joined_base, entries = bucket.base_to_send, list(bucket.entries())
-    journal = store.journal
-    journal.is_restoring = True
-    try:
-        store.join(key, limit, joined_base, entries, now_us)
-    finally:
-        journal.is_restoring = False
-        # These counts are for data of peers.
-        journal.refused.clear()
-
-
-def _folded(key: bytes, limit: Limit, base: Base, entries: Iterable[Entry], now_us: int) -> TokenBucket:
-    """A bucket of what was read, sealed at `now_us`."""
-    # If nobody has written to it since, slots older than the horizon are not in its base: a bucket as old folds them.
-    # One that was sealed earlier than at its horizon is younger.
-    then_us = min(base.boundary_us + limit.horizon_us, now_us)
-    bucket = TokenBucket(key, limit, _READER, then_us)
-    bucket.merge_base(base, then_us)
-    for entry in sorted(entries, key=lambda entry: entry.slot):
-        # Never later than now: it would have to go back, and write.
-        bucket.merge((entry,), min(max(then_us, slot_start_us(entry.slot)), now_us))
-    bucket.seal(now_us)
-    return bucket
-
-
-_READER: Final = Origin("", 0)
-"""No replica's origin: the bucket is never written under it."""
+    for _ in store.restore(key, limit, base, entries, now_us):
+        pass
 
 
 def _origin(field: bytes) -> Origin:

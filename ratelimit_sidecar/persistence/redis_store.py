@@ -1,4 +1,5 @@
-"""Buckets in Redis or Valkey: what changed is written every second, what is there is read at the start.
+"""Buckets in Redis or Valkey: what changed is written every second, what is there is read at the start, and again when
+other rules may have what had none.
 
 Theory of operation. A flush tells not only the peers which own slots changed (`note`); they are kept by bucket, each
 once, until `run` writes them, in batches. One script joins them in the server (`redis_record`), so several sidecars may
@@ -17,9 +18,11 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
+from math import inf
 from typing import Any, Final, TypeVar
 
 import structlog
@@ -46,6 +49,7 @@ from ratelimit_sidecar.persistence.redis_record import (
     READ,
     BadRecord,
     Keys,
+    entry_lines,
     is_worth_keeping,
     join_text,
     restore_bucket,
@@ -53,6 +57,7 @@ from ratelimit_sidecar.persistence.redis_record import (
 from ratelimit_sidecar.persistence.time_slice import LOOP_SHARE, TimeSlice
 from ratelimit_sidecar.persistence.write_queue import ALL, MAX_WAITING, WriteQueue
 from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES
+from ratelimit_sidecar.replication.parts import in_lists
 from ratelimit_sidecar.telemetry.traces import NoTracer, RequestTracer
 
 LOAD_SECONDS: Final = 10.0
@@ -94,7 +99,7 @@ class RedisStatus:
         written: buckets written since the start.
         failed: attempts that ended with a failure.
         refused: buckets that the server would not join, for a reason of their own, or that cannot be encoded.
-        restored: buckets that were read at the start.
+        restored: buckets that were read, at the start and after reloads.
         calls, call_seconds: calls that were answered, and the seconds they took in all.
         queue: what is to be written.
         last_us: when all that was waiting was written last, microseconds since the epoch.
@@ -157,6 +162,13 @@ class RedisState:
         self._again: Iterator[Bucket] | None = None
         """Buckets that are still to be written again."""
         self._is_loaded = False
+        self._reading: AsyncIterator[bytes] | None = None
+        """The names that are still to be looked at, while what is there is being read."""
+        self._has_left_out = False
+        """Some of what is there has no rule here."""
+        self._have_rules_changed = False
+        """Since what is there began to be read."""
+        self._unreadable = 0
         self._loading: asyncio.Task[None] | None = None
         self._writing = asyncio.Lock()
         self._back_off = BackOff(FIRST_WAIT_SECONDS, MAX_WAIT_SECONDS) if back_off is None else back_off
@@ -175,6 +187,10 @@ class RedisState:
     def _queue_slots(self, bucket: Bucket, slots: list[int]) -> None:
         if not self._waiting.add(bucket, slots):
             self._has_missed = True
+
+    def use_rules(self) -> None:
+        """Other rules are in force: what had none may have one now, and is read again by `run`."""
+        self._have_rules_changed = True
 
     async def load(self, timeout_seconds: float = LOAD_SECONDS) -> None:
         """Read what is there; returns when it is read, at the first failure, or when the time is over."""
@@ -212,14 +228,15 @@ class RedisState:
             try:
                 client = await self._ready_client()
                 if not self._is_loaded and not is_last:
-                    await self._load(client)
-                    self._is_loaded = True
+                    await self._load(client, inf)
                 begun_us = self._now_us()
                 await self._write_waiting(client, is_last=is_last)
                 self.status.last_us = begun_us
                 self._recovered()
                 if not is_last:
                     await self._write_again(client, max(BATCH_BUCKETS, round(AGAIN_A_SECOND * self._every_seconds)))
+                    if self._reading is not None or (self._has_left_out and self._have_rules_changed):
+                        await self._load(client, self._every_seconds)
             except _FAILURES as error:
                 self._failed(error)
                 await self._disconnect()
@@ -283,6 +300,9 @@ class RedisState:
 
     async def _disconnect(self) -> None:
         client, self._client = self._client, None
+        if self._reading is not None:
+            # To be begun again.
+            self._reading, self._has_left_out, self._have_rules_changed = None, True, True
         if client is not None:
             with suppress(exceptions.RedisError, OSError, TimeoutError):
                 await bounded(client.aclose())
@@ -341,19 +361,22 @@ class RedisState:
     async def _write(self, client: _Client, batch: dict[bytes, list[int]], *, is_last: bool = False) -> None:
         """Have the server join these buckets, and leave time to others."""
         time_slice = TimeSlice()
-        now_us = self._now_us()
         keys, told = [], []
         for key, slots in batch.items():
             bucket = self._store.get(key)
             # A bucket that was dropped is full.
-            if bucket is not None and (entries := _entries(bucket, slots)):
+            if bucket is not None:
+                lines: list[str] = []
+                for entries in entry_lists(bucket, slots):
+                    lines += entry_lines(entries)
+                    if not is_last:
+                        await time_slice.rest_when_due()
                 try:
-                    told.append(join_text(bucket, entries, now_us))
-                    keys.append(key)
+                    if lines:
+                        told.append(join_text(bucket, lines, self._now_us()))
+                        keys.append(key)
                 except ValueError as error:
                     self._refuse(str(error))
-            if not is_last:
-                await time_slice.rest_when_due()
         if not keys:
             return
         names = list(map(self._keys.of_bucket, keys))
@@ -364,7 +387,7 @@ class RedisState:
                     if answer and batch[key] is not ALL:
                         # It is new there, or was lost: then more of it may be missing.
                         bucket = self._store.get(key)
-                        if bucket is not None and len(list(bucket.entries())) > len(batch[key]):
+                        if bucket is not None and any(islice(bucket.entries(), len(batch[key]), None)):
                             self._queue_slots(bucket, ALL)
                     continue
                 self._check(answer)
@@ -431,21 +454,30 @@ class RedisState:
                 raise answer
         return [answer[0] if isinstance(answer, list) else answer for answer in each]
 
-    async def _load(self, client: _Client) -> None:
+    async def _load(self, client: _Client, seconds: float) -> None:
+        """Read what is there, or go on with that, for so long: what changes meanwhile waits to be written."""
+        if self._reading is None:
+            self._reading = client.scan_iter(match=self._keys.pattern, count=SCAN_KEYS)
+            self._has_left_out = self._have_rules_changed = False
+            self._unreadable = 0
+        until = time.perf_counter() + seconds
         time_slice = TimeSlice()
         batch: dict[bytes, AnyLimit] = {}
-        unreadable = 0
-        names = client.scan_iter(match=self._keys.pattern, count=SCAN_KEYS)
-        while (name := await bounded(anext(names, None))) is not None:
-            limit = self._limit(name)
-            if limit is not None:
+        name: bytes | None = b""
+        while name is not None and time.perf_counter() < until:
+            name = await bounded(anext(self._reading, None))
+            limit = None if name is None else self._limit(name)
+            if name is not None and limit is not None:
                 batch[name] = limit
             if len(batch) >= BATCH_BUCKETS:
-                unreadable += await self._read(client, batch)
+                await self._read(client, batch)
                 batch = {}
             await time_slice.rest_when_due()
-        unreadable += await self._read(client, batch)
-        _log.info("restored", buckets=self.status.restored, unreadable=unreadable)
+        await self._read(client, batch)
+        if name is None:
+            self._reading = None
+            self._is_loaded = True
+            _log.info("restored", buckets=self.status.restored, unreadable=self._unreadable)
 
     def _limit(self, name: bytes) -> AnyLimit | None:
         """The limit that a rule here gives the bucket of this name; None when no rule does, or it is no bucket."""
@@ -453,16 +485,17 @@ class RedisState:
         if key is None:
             return None
         try:
-            return self._store.limit_of_key(key)
+            limit = self._store.limit_of_key(key)
         except ValueError:
-            return None
+            limit = None
+        self._has_left_out |= limit is None
+        return limit
 
-    async def _read(self, client: _Client, batch: Mapping[bytes, AnyLimit]) -> int:
-        """Join the buckets of these names; returns how many are malformed."""
+    async def _read(self, client: _Client, batch: Mapping[bytes, AnyLimit]) -> None:
+        """Join the buckets of these names."""
         if not batch:
-            return 0
+            return
         answers = await self._call(self._evaluate(client, READ, list(batch)))
-        unreadable = 0
         time_slice = TimeSlice()
         for (name, limit), answer in zip(batch.items(), answers, strict=True):
             if isinstance(answer, Exception):
@@ -475,19 +508,20 @@ class RedisState:
                     restore_bucket(key, limit, answer, self._store, self._now_us())
                     self.status.restored += 1
                 except BadRecord:
-                    unreadable += 1
+                    self._unreadable += 1
             await time_slice.rest_when_due()
-        return unreadable
 
 
 def _pipeline(client: _Client) -> Pipeline | ClusterPipeline:
     return client.pipeline(transaction=False) if isinstance(client, Redis) else client.pipeline()
 
 
-def _entries(bucket: Bucket, slots: list[int]) -> list[Entry]:
+def entry_lists(bucket: Bucket, slots: list[int]) -> Iterator[list[Entry]]:
+    """The entries to write, in lists of some hundred: those of 250 nodes would take the loop 25 ms."""
     if slots is not ALL:
         entries = list(bucket.own_entries(slots))
         if len(entries) == len(slots):
-            return entries
+            yield entries
+            return
     # Some slots were sealed since, or are of another life.
-    return list(bucket.entries())
+    yield from in_lists(bucket, 0)

@@ -3,7 +3,8 @@
 The event loop makes them in short pieces, and a thread writes and reads the file, so no request waits for the disk. A
 new snapshot replaces the old one once it is complete and on the disk (write, fsync, rename). A file that is incomplete,
 damaged or of a newer format is renamed, and the start goes on without it. Of a new snapshot that was cut short, by a
-kill or because a stop took too long, the start joins what there is.
+kill or because a stop took too long, the start joins what there is. What cannot be joined yet goes into the next
+snapshots (`put_off`).
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ from typing import BinaryIO, Final
 
 import structlog
 
+from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.store import LimitOfKey, Store
+from ratelimit_sidecar.persistence.put_off import PutOff
 from ratelimit_sidecar.persistence.snapshot_format import (
+    END,
     BadSnapshot,
     RestoreTarget,
     SnapshotInfo,
@@ -71,8 +75,8 @@ class SnapshotStatus:
 
 
 class SnapshotFile:
-    """Writes the snapshots of one store to a file, and reads them. Call `lock` and `load` before `run`, and `save` at
-    the end.
+    """Writes the snapshots of one store to a file, and reads them. Call `lock` and `load` before `run` and
+    `join_put_off`, and `save` at the end.
 
     Args:
         local_limit_of_key: as `Rules.local_limit_of_key`, for the rules in force.
@@ -95,6 +99,8 @@ class SnapshotFile:
         self._every_seconds = every_seconds
         self._lock: BinaryIO | None = None
         self._saving = asyncio.Lock()
+        self._put_off = PutOff()
+        self._rules_changed = asyncio.Event()
 
     def lock(self) -> None:
         """Lock the file for this process.
@@ -131,6 +137,15 @@ class SnapshotFile:
         # What cannot be read of one that was cut short is gone: the next snapshot replaces it.
         with suppress(BadSnapshot, OSError):
             await self._load_cut_short()
+        put_off = self._put_off
+        if not self.is_all_joined:
+            _log.warning(
+                "buckets_put_off",
+                file=str(self._path),
+                without_rule=put_off.without_rule,
+                ahead_of_clock=put_off.ahead,
+                left_out=put_off.left_out,
+            )
 
     async def _load(self) -> None:
         opened = await asyncio.to_thread(_open_checked, self._path, may_be_cut=False)
@@ -138,7 +153,9 @@ class SnapshotFile:
             _log.info("no_snapshot", file=str(self._path))
             return
         file, checked = opened
-        entries, bad_records, why_bad = await self._join(file, checked)
+        with file:
+            joined = await self._join(records_again(file), checked.origin, self._put_off)
+        entries, bad_records, why_bad = joined
         self.status.restored_buckets = self.status.buckets = checked.buckets
         self.status.last_us = checked.begun_at_us
         _log.info("restored", file=str(self._path), buckets=checked.buckets, entries=entries, bad_records=bad_records)
@@ -151,25 +168,67 @@ class SnapshotFile:
         opened = await asyncio.to_thread(_open_checked, new, may_be_cut=True)
         if opened is None:
             return
+        file, checked = opened
         _log.warning("snapshot_cut_short", file=str(new), reason="the last process ended before it was complete")
-        await self._join(*opened)
+        with file:
+            await self._join(records_again(file), checked.origin, self._put_off)
 
-    async def _join(self, file: BinaryIO, checked: SnapshotInfo) -> tuple[int, int, str]:
-        """Join the records that are good, and close the file. Returns how many entries they had, how many records are
-        bad, and why the first of these is.
+    async def _join(
+        self, records: Iterator[tuple[int, bytes]], origin: Origin, put_off: PutOff
+    ) -> tuple[int, int, str]:
+        """Join records, but for those that are bad, and as far as they can be read.
+
+        Args:
+            origin: that wrote them.
+            put_off: gets what cannot be joined yet.
+
+        Returns:
+            How many entries they have, how many are bad, and why the first is.
         """
+        to = RestoreTarget(self._store, origin, self._local_limit_of_key, put_off)
         entries = bad_records = 0
         why_bad = ""
-        to = RestoreTarget(self._store, checked.origin, self._local_limit_of_key)
-        with file:
-            records = records_again(file)
-            while (record := await asyncio.to_thread(next, records, None)) is not None:
-                try:
-                    entries += await _in_turns(restore(*record, to, self._now_us()))
-                except BadSnapshot as error:
-                    bad_records += 1
-                    why_bad = why_bad or str(error)
-        return entries, bad_records, why_bad
+        while True:
+            try:
+                record = await asyncio.to_thread(next, records, None)
+                entries += await _in_turns(restore(*(record or (END, b"")), to, self._now_us()))
+            except BadSnapshot as error:
+                bad_records += 1
+                why_bad = why_bad or str(error)
+            else:
+                if record is None:
+                    return entries, bad_records, why_bad
+
+    @property
+    def is_all_joined(self) -> bool:
+        """False while something is put off."""
+        return not self._put_off.records
+
+    def use_rules(self) -> None:
+        """Other rules are in force: have `join_put_off` look whether they have what was put off."""
+        self._rules_changed.set()
+
+    async def join_put_off(self) -> None:
+        """Join what was put off, once there are rules for it or the clock has come forward, for ever."""
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._every_seconds):
+                    await self._rules_changed.wait()
+            has_changed = self._rules_changed.is_set()
+            self._rules_changed.clear()
+            due_us = self._put_off.due_us
+            if has_changed or (due_us is not None and due_us <= self._now_us()):
+                async with self._saving:
+                    await self._try_put_off()
+
+    async def _try_put_off(self) -> None:
+        if self.is_all_joined:
+            return
+        left = PutOff()
+        # Until all of it was looked at, a snapshot has all of it.
+        await self._join(iter(self._put_off.records), self._store.origin, left)
+        self._put_off = left
+        _log.info("put_off_joined", file=str(self._path), without_rule=left.without_rule, ahead_of_clock=left.ahead)
 
     async def run(self) -> None:
         """Save a snapshot at each interval, for ever."""
@@ -188,7 +247,9 @@ class SnapshotFile:
             size = SnapshotSize()
             new = _beside(self._path, NEW)
             try:
-                await self._write(new, snapshot(self._store, self._now_us, size), at_once=at_once)
+                await self._write(
+                    new, snapshot(self._store, self._now_us, size, self._put_off.records), at_once=at_once
+                )
             except OSError as error:
                 self.status.failed += 1
                 self._fail("snapshot_failed", error)

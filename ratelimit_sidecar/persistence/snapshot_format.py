@@ -3,30 +3,32 @@
     file = magic { record }*         record = kind:1 length:4 crc32:4 payload
 
 The first record is a Header, the last an End, and those between are Deltas of the replication protocol: what is nearly
-used up first, and once more in its turn, in case there is no time for all. A node that starts joins them as if a peer
-had sent them, with the same checks, so reading a file twice does no harm; only how much a peer may say at once does not
-matter here. Takes of its last life keep their origin, since it has a new one now.
+used up first, and once more in its turn, in case there is no time for all. A node that starts brings each bucket to now
+(`Store.restore`) and joins it, so reading a file twice does no harm. Takes of its last life keep their origin, since it
+has a new one now.
 Numbers are little-endian; the checksum is of kind, length and payload.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import BinaryIO, Final
 from zlib import crc32
 
 from google.protobuf.message import DecodeError
 
-from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.crdt.bucket import NO_BASE, Entry, Origin
 from ratelimit_sidecar.crdt.store import LimitOfKey, Store
+from ratelimit_sidecar.persistence.put_off import RECORD_BUCKETS, RECORD_ENTRIES, PutOff
 from ratelimit_sidecar.persistence.v1.snapshot_pb2 import End, Header
-from ratelimit_sidecar.replication.deltas import DeltasReader, DeltasWriter
-from ratelimit_sidecar.replication.pace import Pace
+from ratelimit_sidecar.replication.deltas import DeltasWriter, check_base, read_base, read_entries
+from ratelimit_sidecar.replication.pace import Pace, Steps
 from ratelimit_sidecar.replication.parts import in_lists, in_parts
-from ratelimit_sidecar.replication.v1.replication_pb2 import Deltas
+from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import ProtocolError, read_origin
 
 MAGIC: Final = b"rlsidec\x01"
@@ -38,11 +40,6 @@ REPLICATED: Final = 2
 LOCAL: Final = 3
 """Deltas of buckets that are not replicated."""
 END: Final = 4
-
-RECORD_BUCKETS: Final = 256
-RECORD_ENTRIES: Final = 768
-"""A record ends with the part of a bucket that reaches one of these. So a version that reads a record as a frame of a
-peer can read it: each entry may be of another origin, of which a frame names 1,024 at most."""
 
 MAX_RECORD_BYTES: Final = 64 * 1_024 * 1_024
 """Far above the records that are written, which the longest keys of 256 buckets bound."""
@@ -62,13 +59,16 @@ class SnapshotSize:
     bytes: int = 0
 
 
-def snapshot(store: Store, now_us: Callable[[], int], size: SnapshotSize) -> Iterator[bytes]:
+def snapshot(
+    store: Store, now_us: Callable[[], int], size: SnapshotSize, put_off: Iterable[tuple[int, bytes]] = ()
+) -> Iterator[bytes]:
     """Yield a snapshot in pieces, some of them empty. Requests may be decided between two pieces.
 
     The state of a bucket is that of its piece, so later takes may be missing.
 
     Args:
-        size: updated with each piece.
+        size: updated with each piece. What is put off counts in bytes alone.
+        put_off: further records, of what could not be joined yet.
     """
     yield _counted(MAGIC, size)
     header = Header(node=store.origin.node, incarnation=store.origin.incarnation, begun_at_us=now_us())
@@ -98,6 +98,8 @@ def snapshot(store: Store, now_us: Callable[[], int], size: SnapshotSize) -> Ite
     for kind, writer in writers.items():
         if writer.keys:
             yield _counted(_record(kind, writer.payload()), size)
+    for kind, payload in put_off:
+        yield _counted(_record(kind, payload), size)
     yield _counted(_record(END, End(buckets=size.buckets).SerializeToString()), size)
 
 
@@ -162,48 +164,110 @@ def records_again(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
     return _records(file)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RestoreTarget:
-    """Where a snapshot is restored to.
+    """Where a snapshot is restored to, record by record, in order, the `END` last.
 
     Args:
         origin: the origin that wrote it.
         local_limit_of_key: the limits of buckets that are not replicated.
+        put_off: gets what cannot be joined yet.
+        reading: by kind, the bucket that was read last and is not joined yet. It may be written in parts.
     """
 
     store: Store
     origin: Origin
     local_limit_of_key: LimitOfKey
+    put_off: PutOff = field(default_factory=PutOff)
+    reading: dict[int, _Read] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Read:
+    """What was read of one bucket so far.
+
+    Args:
+        base: of the last part that has one.
+        part: the entries of the first part.
+        merged: those of all parts, when there are several.
+    """
+
+    key: bytes
+    base: pb.Base | None
+    part: list[Entry]
+    merged: dict[tuple[Origin, int], Entry] | None = None
+
+    def add(self, base: pb.Base | None, entries: list[Entry]) -> None:
+        """Add another part. A slot may be in two parts, as the bucket was used between them."""
+        if base is not None:
+            self.base = base
+        if self.merged is None:
+            self.merged = {(entry.origin, entry.slot): entry for entry in self.part}
+        for entry in entries:
+            self.merged[entry.origin, entry.slot] = entry
+
+    @property
+    def entries(self) -> list[Entry]:
+        return self.part if self.merged is None else list(self.merged.values())
 
 
 def restore(kind: int, payload: bytes, to: RestoreTarget, now_us: int) -> Iterator[int]:
-    """Join a record into the store, in pieces.
+    """Join what a record has into the store, in pieces. A bucket is joined once all of it was read.
 
     Yields:
-        The number of entries joined in the piece.
+        The number of entries read in the piece.
 
     Raises:
-        BadSnapshot: it breaks the protocol. The entries before that point have been joined. Other records are as good
-            as before.
+        BadSnapshot: it breaks the protocol. What came before that point is joined. Other records are as good as before.
     """
+    if kind == END:
+        for read_kind in list(to.reading):
+            for _ in _join_steps(read_kind, to, now_us):
+                yield 0
+        to.put_off.end()
     if kind not in (REPLICATED, LOCAL):
         return
-    reader = DeltasReader(to.origin, is_bounded=False)
-    local = to.local_limit_of_key if kind == LOCAL else None
-    journal = to.store.journal
+    pace = Pace()
+    count = 0
     try:
-        steps = reader.apply_steps(Deltas.FromString(payload), to.store, now_us, local_limit_of_key=local)
-        journal.is_restoring = True
-        for applied in steps:
-            # These counts are for data of peers, not of a snapshot.
-            journal.refused.clear()
-            journal.is_restoring = False
-            yield applied.entries
-            journal.is_restoring = True
-    except (DecodeError, ProtocolError) as error:
+        deltas = pb.Deltas.FromString(payload)
+        origins = [to.origin, *[read_origin(origin.node, origin.incarnation) for origin in deltas.origins]]
+        for delta in deltas.buckets:
+            key, base = delta.key, delta.base if delta.HasField("base") else None
+            entries = read_entries(delta, origins, sys.maxsize)
+            if base is not None:
+                check_base(base)
+            read = to.reading.get(kind)
+            if read is not None and read.key == key:
+                read.add(base, entries)
+            else:
+                for _ in _join_steps(kind, to, now_us):
+                    yield 0
+                to.reading[kind] = _Read(key, base, entries)
+            count += len(entries)
+            if pace.ends_piece(len(entries)):
+                yield count
+                count = 0
+    except (DecodeError, ProtocolError, ValueError) as error:
         raise BadSnapshot(f"has a malformed record: {error}") from error
-    finally:
-        journal.is_restoring = False
+    yield count
+
+
+def _join_steps(kind: int, to: RestoreTarget, now_us: int) -> Steps:
+    """Join the bucket that was read last, in steps.
+
+    Raises:
+        ValueError: its key is none.
+    """
+    read = to.reading.pop(kind, None)
+    if read is None:
+        return
+    key, entries = read.key, read.entries
+    limit = to.store.limit_of_key(key) if kind == REPLICATED else to.local_limit_of_key(key)
+    to.put_off.add(kind, key, read.base, entries, now_us, has_rule=limit is not None)
+    if limit is not None:
+        base = NO_BASE if read.base is None else read_base(read.base, limit)
+        yield from to.store.restore(key, limit, base, entries, now_us, replicated=kind == REPLICATED)
 
 
 def _records(file: BinaryIO) -> Iterator[tuple[int, bytes]]:

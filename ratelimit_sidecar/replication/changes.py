@@ -77,6 +77,8 @@ class Segment:
 
     def __init__(self, number: int, changes_before: int, created_us: int) -> None:
         self.number = number
+        self.flush = 0
+        """The number of the flush that its changes are of."""
         self.changes_before = changes_before
         self.created_us = created_us
         self.sealed_us = 0
@@ -117,6 +119,8 @@ class ChangeLog:
         """No segment with a smaller number is encoded."""
         self._encoded_bytes = 0
         """The bytes of all encoded segments together."""
+        self._flush = self._last_flush = 0
+        """The numbers of the newest flush, and of the newest that found changes."""
         self._unflushed = 0
         """Buckets that were in the journal when the flush under way began, and are so still."""
 
@@ -136,6 +140,13 @@ class ChangeLog:
             return None
         index = number - self._segments[0].number
         return self._segments[index] if 0 <= index < len(self._segments) else None
+
+    def is_overtaken(self, number: int) -> bool:
+        """Whether a later flush found changes than that of this segment: it may have newer counts of the same buckets,
+        which other nodes may have heard and passed on.
+        """
+        segment = self.get(number)
+        return segment is None or segment.flush < self._last_flush
 
     def changes_since(self, cursor: int) -> int:
         """How many changed buckets a peer has yet to be sent; one that changed in many segments may count for each."""
@@ -157,6 +168,7 @@ class ChangeLog:
         if not self._unflushed:
             self._created_us = self._flushed_us
         self._flushed_us = now_us
+        self._flush += 1
         if not self._open.keys:
             self._open.created_us = self._created_us
         self._has_peers = has_peers
@@ -241,6 +253,7 @@ class ChangeLog:
             for start in range(0, len(entries), MAX_PART_ENTRIES):
                 writer.add(bucket, None, entries[start : start + MAX_PART_ENTRIES])
         segment.keys.append(key)
+        segment.flush = self._last_flush = self._flush
         is_full = len(segment.keys) >= MAX_BATCH_BUCKETS or segment.entries >= MAX_BATCH_ENTRIES
         if is_full or (writer is not None and writer.rough_bytes >= MAX_BATCH_BYTES):
             self._seal(now_us)

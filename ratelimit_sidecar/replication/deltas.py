@@ -7,7 +7,6 @@ by the period of its sender's limit, and so travels with that period, to be resc
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final, Literal, NamedTuple
 
@@ -145,6 +144,13 @@ class DeltasWriter:
             if bucket.journal is not None:
                 bucket.journal.leave_out(error)
 
+    def add_read(self, key: bytes, base: pb.Base | None, entries: Sequence[Entry]) -> None:
+        """Tell again what was read of a bucket, with its key in full."""
+        delta = self.deltas.buckets.add(key=key, base=base)
+        self.keys.append(key)
+        self.entries += len(entries)
+        self._add_entries(delta, entries)
+
     def _add_state(self, delta: pb.BucketDelta, bucket: Bucket, base: Base | None, entries: Sequence[Entry]) -> None:
         if base is not None:
             period_us = bucket.limit.period_us
@@ -153,6 +159,9 @@ class DeltasWriter:
             delta.base.tokens = tokens
             delta.base.remainder = remainder
             delta.base.period_us = period_us
+        self._add_entries(delta, entries)
+
+    def _add_entries(self, delta: pb.BucketDelta, entries: Sequence[Entry]) -> None:
         if len(entries) == 1:
             # Nearly all there is to say under load, two times faster.
             [(origin, slot, tokens)] = entries
@@ -220,7 +229,6 @@ class DeltasReader:
         sender: the peer.
         is_proven: True when it is known to be the one that it says it is. Then its word outweighs what others have said
             of it; otherwise anybody could lower what it has taken.
-        is_bounded: False for what this node wrote itself: a frame may have any size, and a key any length.
         room, address: see `KeyNumbersReceived`.
     """
 
@@ -229,13 +237,11 @@ class DeltasReader:
         sender: Origin,
         *,
         is_proven: bool = False,
-        is_bounded: bool = True,
         room: KeyRoom | None = None,
         address: str = "",
     ) -> None:
         self._sender = sender
         self._is_proven = is_proven
-        self._is_bounded = is_bounded
         self.is_newest = True
         """False once the sender sends Deltas on a newer stream: what still comes on this one may be older, and corrects
         nothing."""
@@ -255,44 +261,34 @@ class DeltasReader:
         store: Store,
         now_us: int,
         on_news: OnNews | None = None,
-        *,
-        local_limit_of_key: LimitOfKey | None = None,
     ) -> Iterator[Applied]:
         """Join a frame into `store`, in steps.
-
-        Args:
-            local_limit_of_key: for a frame of buckets that are not replicated, as a snapshot has them.
 
         Raises:
             ProtocolError: too_large, bad_key, bad_base, bad_slot or malformed. The buckets before the bad one have been
                 joined, which does no harm: they were good, and joining them again changes nothing.
         """
-        if self._is_bounded:
-            _check_size(deltas)
+        _check_size(deltas)
         corrector = self._sender if self._is_proven and self.is_newest and not deltas.overtaken else None
         origins = [self._sender, *[read_origin(origin.node, origin.incarnation) for origin in deltas.origins]]
-        limit_of_key = local_limit_of_key or store.limit_of_key
+        limit_of_key = store.limit_of_key
         pace = Pace()
-        entries_left = MAX_FRAME_ENTRIES if self._is_bounded else sys.maxsize
+        entries_left = MAX_FRAME_ENTRIES
         entries_read = unknown_keys = 0
         for delta in deltas.buckets:
             key, limit = self._read_key(delta, limit_of_key)
-            entries: list[Entry] = []
-            for run in delta.runs:
-                _read_run(run, 0, origins, entries, entries_left)
-            for run in delta.refunds:
-                _read_run(run, REFUND, origins, entries, entries_left)
+            entries = read_entries(delta, origins, entries_left)
             entries_left -= len(entries)
             entries_read += len(entries)
-            base = _read_base(delta.base, limit) if delta.HasField("base") else None
+            base = None
+            if delta.HasField("base"):
+                check_base(delta.base)
+                base = None if limit is None else read_base(delta.base, limit)
             unknown_keys += limit is None
             first = 0
             while limit is not None:
                 piece = entries if len(entries) <= PIECE_ENTRIES else entries[first : first + PIECE_ENTRIES]
-                if local_limit_of_key is None:
-                    news = store.join(key, limit, base, piece, now_us, sender=corrector)
-                else:
-                    news = store.join(key, limit, base, piece, now_us, replicated=False)
+                news = store.join(key, limit, base, piece, now_us, sender=corrector)
                 if news and on_news is not None:
                     bucket = store.get(key)
                     assert bucket is not None
@@ -303,13 +299,13 @@ class DeltasReader:
                 base = None
                 yield Applied(entries_read, unknown_keys, False)
                 entries_read = unknown_keys = 0
-                limit_of_key = local_limit_of_key or store.limit_of_key
+                limit_of_key = store.limit_of_key
                 limit = limit_of_key(key)
             # When an entry is refused, the whole bucket may have been recounted: that is a long step.
             if pace.ends_piece(len(entries)) or store.journal.refused:
                 yield Applied(entries_read, unknown_keys, False)
                 entries_read = unknown_keys = 0
-                limit_of_key = local_limit_of_key or store.limit_of_key
+                limit_of_key = store.limit_of_key
         yield Applied(entries_read, unknown_keys, True)
 
     def _read_key(self, delta: pb.BucketDelta, limit_of_key: LimitOfKey) -> tuple[bytes, AnyLimit | None]:
@@ -325,8 +321,7 @@ class DeltasReader:
                 if known is not False:
                     return key, known
         else:
-            if self._is_bounded:
-                check_key(key)
+            check_key(key)
             if number:
                 self._numbers.receive(number, key)
         try:
@@ -359,14 +354,37 @@ def _check_size(deltas: pb.Deltas) -> None:
         )
 
 
-def _read_base(base: pb.Base, limit: AnyLimit | None) -> Base | None:
-    """The base, rescaled to the period of `limit`; rounded up, so that no debt is lost on the way."""
+def read_entries(delta: pb.BucketDelta, origins: Sequence[Origin], most: int) -> list[Entry]:
+    """The entries of a bucket.
+
+    Args:
+        origins: of the frame, its sender first.
+
+    Raises:
+        ProtocolError: too_large, bad_slot or malformed.
+    """
+    entries: list[Entry] = []
+    for run in delta.runs:
+        _read_run(run, 0, origins, entries, most)
+    for run in delta.refunds:
+        _read_run(run, REFUND, origins, entries, most)
+    return entries
+
+
+def check_base(base: pb.Base) -> None:
+    """Check a base that was sent or written.
+
+    Raises:
+        ProtocolError: bad_base.
+    """
     if not 1 <= base.period_us <= MAX_PERIOD_US or base.remainder >= base.period_us:
         raise ProtocolError(Reason.BAD_BASE, f"a remainder of {base.remainder} in a period of {base.period_us} us")
     if base.boundary_us > MAX_TIME_US:
         raise ProtocolError(Reason.BAD_BASE, "a boundary past MAX_TIME_US")
-    if limit is None:
-        return None
+
+
+def read_base(base: pb.Base, limit: AnyLimit) -> Base:
+    """A base that was checked, rescaled to the period of `limit`; rounded up, so that no debt is lost on the way."""
     period_us = limit.period_us
     return Base(base.boundary_us, base.tokens * period_us - (-base.remainder * period_us // base.period_us))
 

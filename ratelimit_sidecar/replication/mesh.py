@@ -282,6 +282,8 @@ class Mesh:
         await flushing.run()
 
     async def _flush(self) -> None:
+        if self._payments is not None:
+            self._payments.set_id_taken(is_taken=self.is_id_taken)
         await self._scheduler.run(self._replicator.flush_steps(self._now_us()), is_urgent=True)
         journal = self._replicator.store.journal
         if journal.left_out and not self._is_left_out_logged:

@@ -57,7 +57,7 @@ MAX_UNACKNOWLEDGED_BYTES: Final = 32 * MAX_BATCH_BYTES
 
 
 _OVERTAKEN: Final = pb.Deltas(overtaken=True).SerializeToString()
-"""Added to segments that were encoded before a batch was written that has been sent already."""
+"""Added to segments that were encoded before a batch that has been sent already, or before a later flush."""
 
 
 @dataclass(slots=True)
@@ -324,7 +324,7 @@ class Outbox:
             encoded = cursor.take_encoded()
             if encoded is not None:
                 payload, keys, entries, first = encoded
-                if first <= sources.overtaken_until:
+                if first <= sources.overtaken_until or self.log.is_overtaken(first):
                     payload += _OVERTAKEN
                 self._written = Batch(payload, tuple(keys), entries, created_us, now_us, now_us, False)
                 return True

@@ -165,6 +165,10 @@ class PaymentExchange:
         """Note the membership that a peer shows in its hello; None when the peer has gone, and shows none any more."""
         self.ledger.shares.receive(peer, shown or _NOTHING, self._strict_us())
 
+    def set_id_taken(self, *, is_taken: bool) -> None:
+        """While another process has this node's id, of which each member has one home, this one has none."""
+        self.ledger.shares.is_id_taken = is_taken
+
     def tick(self, outboxes: Mapping[str, PaymentOutbox]) -> list[str]:
         """Ask peers for tokens that are needed here; to be called every 20 ms.
 

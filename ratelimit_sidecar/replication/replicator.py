@@ -173,13 +173,15 @@ class Replicator:
 
     def use_rules(self, digest: int) -> None:
         """Other rules are in force, of which peers are told the digest: nodes with other rules are not compared, since
-        the same takes amount to something else there.
+        the same takes amount to something else there. Peers are asked again for what no rule knew before.
 
         Args:
             digest: of 64 bits, not 0.
         """
         if digest != self.rules:
             self.rules = digest
+            for peer in self.peers.values():
+                peer.ask_for_unknown()
             self.announce()
 
     def announce(self) -> None:
@@ -199,6 +201,7 @@ class Replicator:
             full=self.store.full_since_us is not None,
             joined=self.sync.has_joined,
             sync_request=peer.own_request,
+            missed_since_us=peer.missed_since_us,
         )
 
     def note_topology_change(self) -> None:

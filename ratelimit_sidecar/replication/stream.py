@@ -123,7 +123,9 @@ class Inbound:
         try:
             for applied in self._reader.apply_steps(deltas, replicator.store, now_us, on_news):
                 self._note_refused()
-                replicator.unknown_keys += applied.unknown_keys
+                if applied.unknown_keys:
+                    replicator.unknown_keys += applied.unknown_keys
+                    peer.note_unknown(now_us)
                 peer.counts.entries_received += applied.entries
                 if not applied.is_last:
                     yield
@@ -135,6 +137,9 @@ class Inbound:
         self._end_span()
         if deltas.ends_full_state:
             peer.reported.has_ended_snapshot = True
+            if peer.missed_since_us:
+                peer.missed_since_us = 0
+                replicator.announce()
         self._session.acknowledge(now_us)
 
     def receive(self, event: Event, now_us: int) -> None:
@@ -179,6 +184,7 @@ class Inbound:
         if status.sync_request != pb.UNDECIDED:
             peer.reported.request = status.sync_request
             peer.grant_request(now_us)
+        peer.grant_missed(status.missed_since_us)
         reaches = read_reaches(status)
         if reaches != peer.reported.reaches:
             peer.reported.reaches = reaches

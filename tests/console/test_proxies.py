@@ -127,6 +127,24 @@ async def test_while_its_address_waits_for_a_turn_requests_are_kept_and_no_conne
                 assert await client.status() == 200
 
 
+async def test_a_connection_whose_answer_ends_while_its_address_waits_for_a_turn_does_not_count_as_idle() -> None:
+    app, turns = App(), slow_turns()
+    async with running(app, ProxyPlaces(4, turns)) as server, AsyncExitStack() as stack:
+        at_work = [
+            await under_way(await stack.enter_async_context(connect(server)), app, number) for number in range(1, 3)
+        ]
+        is_over = asyncio.Event()
+        hold(turns, connections()[0].budget.calls, is_over)
+        app.slow_may_end.set()
+        assert [await client.status() for client in at_work] == [200] * 2
+        async with connect(server):
+            async with connect(server) as one_more:
+                assert await one_more.closed() == b""
+            is_over.set()
+            for client in at_work:
+                await answered(client)
+
+
 async def test_who_lets_too_much_wait_for_its_turn_is_disconnected() -> None:
     turns = slow_turns()
     async with (

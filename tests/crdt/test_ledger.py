@@ -129,6 +129,23 @@ def test_however_often_homes_have_changed_a_purse_that_missed_it_holds_no_more_t
     assert ledger.bucket(b"k", limit, pass_time([ledger], now_us, 0.5)).remaining == 75
 
 
+@pytest.mark.parametrize("changes", [1, MAX_CHANGES])
+def test_while_another_process_has_its_id_a_node_has_no_home_and_afterwards_it_begins_empty(changes: int) -> None:
+    ledger, now_us = make_ledger(), NOW_US
+    ledger.bucket(b"k", LIMIT, now_us)
+    for _ in range(changes):
+        for is_taken in (True, False):
+            ledger.shares.is_id_taken = is_taken
+            now_us += 1_000_000
+            ledger.tick({}, now_us, 1, 1)
+            if is_taken and changes == 1:
+                assert ledger.bucket(b"k", LIMIT, now_us).remaining == 0
+    bucket = ledger.bucket(b"k", LIMIT, now_us)
+    assert bucket.remaining == 0
+    bucket.advance(now_us + 500_000)
+    assert bucket.remaining == 25
+
+
 def test_a_bucket_that_is_short_asks_and_uses_what_it_is_paid() -> None:
     here, there = make_ledger("a"), make_ledger("b")
     bucket = here.bucket(b"k", LIMIT, NOW_US)
@@ -217,6 +234,25 @@ def test_a_full_bucket_that_asks_for_nothing_is_dropped_and_no_other() -> None:
     assert len(ledger) == 0
 
 
+def test_a_purse_is_not_made_anew_before_a_limit_that_it_had_would_have_refilled_it() -> None:
+    day = Limit(1_000, 24 * HOUR_US, 1_000)
+    ledger, now_us = make_ledger(limit=day), NOW_US + 48 * HOUR_US
+    ledger.tick({}, now_us, 10, 100)
+    assert spent(ledger, day, now_us) == 500
+    now_us += 1_000_000
+    spent(ledger, LIMIT, now_us)
+    for _ in range(5):
+        now_us += 60_000_000
+        ledger.tick({}, now_us, 10, 100)
+        ledger.sweep(now_us, 10)
+    assert spent(ledger, day, now_us) == 50, "what it had under the other limit"
+    ledger.bucket(b"k", LIMIT, now_us)
+    now_us += 24 * HOUR_US
+    ledger.tick({}, now_us, 10, 100)
+    ledger.sweep(now_us, 10)
+    assert len(ledger) == 0
+
+
 def test_a_ledger_that_is_cleared_holds_no_bucket() -> None:
     ledger = make_ledger()
     buckets = [weakly_counted(ledger.bucket(b"%d" % number, LIMIT, 0)) for number in range(3)]
@@ -258,6 +294,29 @@ def test_what_is_withheld_is_neither_the_buckets_nor_a_peers_and_comes_back_with
     assert ledger.withhold(b"k", LIMIT, 0, NOW_US + 10_000_000) == 0
     assert bucket.home == ledger.shares.home(b"k", 100, NOW_US) == 50 * TOKEN
     assert bucket.remaining == 20
+
+
+def test_when_a_reload_raises_the_burst_the_bucket_does_not_refill_by_the_rate_that_envoys_still_have() -> None:
+    ledger, larger = make_ledger(), Limit(100, 1_000_000, 400)
+    assert ledger.withhold(b"k", LIMIT, 30 * TOKEN, NOW_US) == 30 * TOKEN
+    # Envoys have 30 of its 50 a second, whatever the burst.
+    bucket = ledger.bucket(b"k", larger, NOW_US)
+    assert (bucket.withheld, bucket.home) == (30 * TOKEN, 80 * TOKEN)
+    bucket.advance(NOW_US + 110_000)
+    assert bucket.remaining == 20 + 2
+    # The first to report may get no more: there are too few tokens. Others go on as before, with 20 a second in all.
+    assert ledger.withhold(b"k", larger, 80 * TOKEN, NOW_US + 110_000) == (30 + 22) * TOKEN
+    assert bucket.home == 120 * TOKEN
+    assert ledger.withhold(b"k", larger, 60 * TOKEN, NOW_US + 110_000) == (30 + 22) * TOKEN
+    assert bucket.home == 140 * TOKEN
+
+
+def test_reloads_to_and_fro_leave_as_much_withheld_as_before() -> None:
+    ledger, larger, empty = make_ledger(), Limit(100, 1_000_000, 400), Limit(1, 1_000_000, 0)
+    ledger.withhold(b"k", LIMIT, 30 * TOKEN, NOW_US)
+    for limit in (larger, LIMIT, empty, LIMIT, larger, LIMIT):
+        bucket = ledger.bucket(b"k", limit, NOW_US)
+    assert bucket.home == pytest.approx(20 * TOKEN)
 
 
 def test_what_was_paid_away_is_not_withheld() -> None:

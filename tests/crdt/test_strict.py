@@ -471,6 +471,28 @@ def test_a_new_share_counts_in_full_when_the_last_member_has_shown_the_epoch() -
     assert shares.part(2 * SECOND_US) == 3 / 4
 
 
+def test_the_weights_of_a_member_that_two_changes_have_not_reached_count_until_it_shows_the_epoch() -> None:
+    one, two, three = {"a": 1, "b": 8, "c": 1}, {"a": 4, "b": 2, "c": 4}, {"a": 5, "b": 1, "c": 4}
+    shares = Shares(Membership(3, three, two), "a", 0)
+    shares.receive("c", ShownMembership(3, three), HOLD_US)
+    for shown, part in [
+        (ShownMembership(1, one), 1 / 10),
+        (ShownMembership(0, {}), 1 / 10),
+        (ShownMembership(2, two), 4 / 10),
+        (ShownMembership(1, one), 1 / 10),
+        (ShownMembership(3, three), 5 / 10),
+    ]:
+        shares.receive("b", shown, OLD_LOAN_US)
+        assert shares.part(OLD_LOAN_US) == part
+    for peer in ("b", "c"):
+        shares.receive(peer, ShownMembership(1, one), OLD_LOAN_US)
+    assert shares.in_force(OLD_LOAN_US) == [three, two, one]
+    shares.receive("b", ShownMembership(4, one), OLD_LOAN_US)
+    assert shares.part(OLD_LOAN_US) == 1 / 10, "c is where it was"
+    shares.receive("c", ShownMembership(3, three), OLD_LOAN_US)
+    assert shares.in_force(OLD_LOAN_US) == [three, two]
+
+
 def test_a_node_just_started_has_a_home_once_all_members_have_shown_that_they_do_not_lend_any_more() -> None:
     membership = Membership(1, {"a": 1, "b": 1, "c": 2})
     shares = Shares(membership, "a", 0)

@@ -56,6 +56,7 @@ class StrictMachine(RuleBasedStateMachine):
             is_fixed_delay=False,
             **self.broken,
         )
+        self.memberships = [self.cluster.membership]
 
     @rule(node=nodes, hits=st.integers(0, 30))
     def take(self, node: str, hits: int) -> None:
@@ -149,17 +150,13 @@ class StrictMachine(RuleBasedStateMachine):
         tokens = whole.tokens if faster else max(1, whole.tokens // 2)
         self.cluster.set_limit(node, Limit(tokens, whole.period_us, whole.capacity // part))
 
-    @rule(node=nodes, weights=weights)
-    def roll_out_a_membership(self, node: str, weights: dict[str, int]) -> None:
-        """The next one begins when all have the one before."""
-        cluster = self.cluster
-        newest = cluster.membership
-        behind = [each for each, replica in cluster.replicas.items() if replica.shares.membership is not newest]
-        if behind or len(cluster.replicas) < len(NODES):
-            node = behind[0] if behind else node
-            cluster.set_membership(newest, node)
-        else:
-            cluster.set_membership(Membership(newest.epoch + 1, weights, newest.weights), node)
+    @rule(node=nodes, weights=weights, back=st.integers(0, 4))
+    def roll_out_a_membership(self, node: str, weights: dict[str, int], back: int) -> None:
+        """A change may begin while others have not reached all, and a node may go back by some."""
+        if not back:
+            newest = self.memberships[-1]
+            self.memberships.append(Membership(newest.epoch + 1, weights, newest.weights))
+        self.cluster.set_membership(self.memberships[-max(1, min(back, len(self.memberships)))], node)
 
     @invariant()
     def nothing_is_admitted_beyond_the_limit(self) -> None:

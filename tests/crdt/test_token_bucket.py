@@ -244,6 +244,71 @@ def test_a_change_of_limit_keeps_what_was_taken() -> None:
     assert sum(entry.tokens for entry in bucket.entries()) == 20
 
 
+DAY = Limit(1_000, 86_400_000_000, 1_000)
+FAST = Limit(10, 1_000_000, 10)
+
+
+@given(st.lists(st.tuples(gaps, st.integers(0, 400)), max_size=20), takes, st.lists(st.booleans(), max_size=60))
+def test_a_limit_that_is_changed_and_changed_back_has_refilled_as_if_it_had_stayed(before, meanwhile, seals) -> None:
+    bucket = TokenBucket(b"k", DAY, HERE, NOW_US)
+    now_us = NOW_US
+    for gap_us, hits in before:
+        now_us += gap_us
+        bucket.take(hits, now_us, always=True)
+    changed_us, deficit = now_us, bucket.deficit
+    bucket.set_limit(FAST, now_us)
+    for (gap_us, hits), seal in zip_longest(meanwhile, seals[: len(meanwhile)], fillvalue=False):
+        now_us += gap_us
+        bucket.take(hits, now_us)
+        if seal:
+            bucket.seal(now_us)
+    left = max(0, deficit - (now_us - changed_us) * DAY.tokens)
+    assert not (left and bucket.is_idle(now_us)), "dropped, it would be full"
+    bucket.set_limit(DAY, now_us)
+    # What was taken under the other limit within its horizon counts as well. Debt is cut where its slot counts.
+    least = min(left, DAY.debt_ceiling - (1 << DAY.exponent) * DAY.tokens)
+    assert least <= bucket.deficit == bucket.fold(now_us)
+    assert bucket.deficit <= max(left, sum(hits for _, hits in [*before, *meanwhile]) * DAY.period_us)
+
+
+def test_a_raised_limit_has_its_tokens_at_once() -> None:
+    bucket = TokenBucket(b"k", Limit(10, 86_400_000_000, 10), HERE, NOW_US)
+    assert bucket.take(10, NOW_US)
+    for limit, least in ((DAY, 990), (FAST, 0), (Limit(20, 1_000_000, 20), 10)):
+        bucket.set_limit(limit, NOW_US)
+        assert bucket.remaining >= least
+
+
+def test_replicas_that_change_a_limit_back_at_other_times_owe_the_same() -> None:
+    here, there = (TokenBucket(b"k", DAY, origin, NOW_US) for origin in (HERE, THERE))
+    assert here.take(1_000, NOW_US)
+    there.merge(list(here.entries()), NOW_US)
+    changes = sorted([(NOW_US, here), (NOW_US + 1_300_000, there)], key=lambda change: change[0])
+    for limit, after_us in ((FAST, 0), (DAY, 25_000_000)):
+        for changed_us, bucket in changes:
+            now_us = changed_us + after_us
+            bucket.seal(now_us + 3_000_000)
+            bucket.set_limit(limit, now_us + 3_000_000)
+    now_us = NOW_US + 60_000_000
+    for receiver, sender in ((here, there), (there, here)):
+        assert sender.base_to_send is not None
+        receiver.merge_base(sender.base_to_send, now_us)
+        receiver.merge(list(sender.entries()), now_us)
+    assert here.base == there.base
+    assert here.fold(now_us) == there.fold(now_us) > 999 * DAY.period_us
+
+
+def test_a_clock_that_is_set_back_leaves_what_a_former_limit_refills_as_it_was() -> None:
+    bucket = TokenBucket(b"k", Limit(1, 60_000_000, 1), HERE, NOW_US)
+    assert bucket.take(1, NOW_US)
+    bucket.set_limit(FAST, NOW_US)
+    bucket.seal(NOW_US + 20_000_000)
+    back_us = NOW_US - 10**12
+    bucket.advance(back_us)
+    assert not bucket.is_idle(back_us + 39_000_000)
+    assert bucket.is_idle(back_us + 41_000_000)
+
+
 def test_a_change_of_limit_keeps_what_the_base_owes_in_tokens() -> None:
     limit = Limit(1, 100_000_000, 10)
     bucket = TokenBucket(b"k", limit, HERE, NOW_US)
@@ -556,7 +621,7 @@ def test_what_is_heard_in_debt_costs_what_there_are_of_slots_however_many_replic
 
 def test_a_bucket_is_not_idle_before_an_own_slot_that_was_sealed_is_over() -> None:
     """Made anew, it would count that slot from zero, below what peers have."""
-    wide, narrow = Limit(10, 3_600_000_000, 10), Limit(10, 1_000_000, 10)
+    wide, narrow = Limit(100, 3_600_000_000, 100), Limit(10, 1_000_000, 10)
     bucket = TokenBucket(b"k", wide, HERE, NOW_US)
     bucket.take(1, NOW_US)
     ends_us = slot_end_us(slot_id(NOW_US, wide.exponent))

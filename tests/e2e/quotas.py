@@ -25,12 +25,17 @@ ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "quotas"
 
 
-def envoy_command(folder: Path, name: str, ports: RegionPorts, sidecar_port: int, upstream: int) -> Command:
+def envoy_command(
+    folder: Path, name: str, ports: RegionPorts, sidecar_port: int, upstream: int, tenants: str = "acme|globex|initech"
+) -> Command:
     """
     Args:
         upstream: where it answers itself, as the upstream of its other listener.
+        tenants: a regular expression for those that have a bucket each.
     """
-    config = yaml.safe_load((EXAMPLE / "envoy.yaml").read_text())
+    example = (EXAMPLE / "envoy.yaml").read_text()
+    assert 'regex: "acme|globex|initech"' in example
+    config = yaml.safe_load(example.replace("acme|globex|initech", tenants))
     config["node"] = {"id": name, "cluster": "test"}
     config["admin"]["address"]["socket_address"]["port_value"] = ports.envoy_admin
     resources = config["static_resources"]

@@ -102,7 +102,7 @@ async def proxy(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Proxy
     server.add_insecure_port(f"{HOST}:{region.grpc}")
     await server.start()
     async with Children(folder) as children:
-        await children.start(envoy_command(folder, "envoy", region, region.grpc, ports.upstream))
+        await children.start(envoy_command(folder, "envoy", region, region.grpc, ports.upstream, "[^,]+"))
         yield Proxy(service, region)
     await server.stop(None)
 

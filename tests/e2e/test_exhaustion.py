@@ -24,6 +24,7 @@ from server.raw_http2 import connected
 
 from ratelimit_sidecar.demo.ports import HOST, RegionPorts, free_ports
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
+from ratelimit_sidecar.persistence.snapshot_format import check
 from ratelimit_sidecar.replication.limits import DEFAULT_LIMITS as MESH_LIMITS
 from ratelimit_sidecar.server.file_limit import RESERVED
 from ratelimit_sidecar.server.limits import DEFAULT_LIMITS
@@ -280,6 +281,43 @@ async def test_a_last_snapshot_has_time_for_each_of_its_buckets_and_purses_do_no
             assert await sidecar.stopped() == 1
     assert "after_seconds=1.25" in log.read_text()
     assert (tmp_path / "state.purses").exists()
+
+
+READS_UNTIL_THE_STOP = """
+import asyncio
+from ratelimit_sidecar.app import Sidecar
+from ratelimit_sidecar.cli import main
+from ratelimit_sidecar.persistence.snapshot_file import SnapshotFile
+
+stop = asyncio.Event()
+begin_stop, load = Sidecar._begin_stop, SnapshotFile.load
+
+def begin_to_stop(sidecar):
+    begin_stop(sidecar)
+    stop.set()
+
+async def load_slowly(snapshots):
+    await stop.wait()
+    await asyncio.sleep(1)
+    await load(snapshots)
+
+Sidecar._begin_stop, SnapshotFile.load = begin_to_stop, load_slowly
+main()
+"""
+
+
+async def test_what_was_taken_while_the_state_was_being_read_is_kept_at_a_stop(tmp_path: Path) -> None:
+    config, log = {"persistence": {"file": str(tmp_path / "state")}}, tmp_path / "log"
+    program = ["-c", READS_UNTIL_THE_STOP]
+    with log.open("wb") as stderr:
+        async with serving(tmp_path, program=program, config=config, stderr=stderr.fileno()) as sidecar:
+            async with asyncio.timeout(WITHIN_S):
+                while "started" not in log.read_text():  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
+            await sidecar.decides()
+            assert await sidecar.stopped() == 0
+    with (tmp_path / "state").open("rb") as state:
+        assert check(state).buckets == 1
 
 
 async def test_no_first_request_to_the_console_waits_for_imports(tmp_path: Path) -> None:

@@ -99,6 +99,23 @@ async def test_one_that_is_killed_loses_what_came_after_its_last_snapshot_only(t
         assert await remaining(own, "month") in {LIMIT - 40, LIMIT - 43}
 
 
+async def test_a_limit_whose_rule_comes_after_the_start_is_where_it_was(tmp_path: Path) -> None:
+    [own] = free_ports(1).regions
+    folder, elsewhere = tmp_path / "rules", tmp_path / "elsewhere.yaml"
+    folder.mkdir()
+    elsewhere.write_text(RULES)
+    file = elsewhere.rename(folder / "rules.yaml")
+    config = {"rules": [str(folder)], "persistence": {"file": str(tmp_path / "state")}}
+    async with Children(tmp_path) as children:
+        child = await children.start(sidecar_command(tmp_path, own, config, name="node"))
+        assert await remaining(own, "month", 40) == LIMIT - 40
+        await children.stop(child)
+        file.rename(elsewhere)
+        await children.start(child.command)
+        elsewhere.rename(file)
+        await until_remaining([own], LIMIT - 40)
+
+
 async def test_a_strict_limit_goes_on_where_a_clean_stop_left_it_and_begins_empty_after_a_kill(tmp_path: Path) -> None:
     [own] = free_ports(1).regions
     rules = tmp_path / "strict.yaml"

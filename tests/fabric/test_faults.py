@@ -221,7 +221,8 @@ async def test_a_bucket_that_somebody_deleted_between_two_uses_is_not_left_witho
         [bucket] = list(a.store)
         bucket.seal(a.now_us)
         a.take("x", 1, "tokens")
-        await a.share()
+        for _ in range(2):
+            await a.share()
         names = names_of(a, "x")
         await client.delete(*names)
         await a.share()
@@ -270,6 +271,59 @@ async def test_a_server_that_comes_back_older_between_two_ticks_is_told_again(se
         await late.share()
         assert late.left() == [83]
         await late.close()
+
+
+async def tick_unused(*made: Sidecar) -> None:
+    """Ticks of a second or two, in which nothing is in use."""
+    for _ in range(2 * sharing.RESTING_TICKS):
+        for each in made:
+            await each.fabric.share()
+
+
+@pytest.mark.parametrize("name", ["tokens", "month", "fixed", "sliding"])
+@pytest.mark.parametrize("how", ["flushed", "flushed while others are in use", "restarted"])
+async def test_a_server_that_lost_its_data_is_told_what_has_not_been_in_use_for_long(
+    server: RedisServer, name: str, how: str
+) -> None:
+    async with sidecars(server, "a", "late") as (a, late), server.client() as client:
+        a.take("spent", 160, name)
+        await tick_unused(a)
+        a.now_us = late.now_us = NOW_US + sharing.FORGET_US + 2 * SECOND_US
+        await tick_unused(a)
+        # The token bucket that refills in 4 s has its debt in its base alone.
+        for bucket in a.store:
+            bucket.seal(a.now_us)
+        assert a.fabric.status.buckets == 0
+        if how == "restarted":
+            await server.kill()
+            await server.start()
+        else:
+            await client.flushall()
+        if how == "flushed while others are in use":
+            a.take("other", 1, name)
+        await tick_unused(a)
+        late.take("spent", 1, name)
+        await late.share()
+        [bucket] = [bucket for bucket in a.store if b"spent" in bucket.key]
+        [known] = list(late.store)
+        one = LIMITS[name].period_us if isinstance(LIMITS[name], Limit) else 1
+        owed = bucket.fold(a.now_us)
+        assert owed > 0
+        assert known.fold(late.now_us) == pytest.approx(owed + one, abs=LIMITS[name].capacity * one / 64)
+
+
+async def test_while_the_server_is_gone_a_sidecar_that_uses_nothing_says_so(server: RedisServer) -> None:
+    async with sidecars(server, "a") as [a]:
+        await tick_unused(a)
+        await server.kill()
+        reasons = []
+        for _ in range(3 * sharing.RESTING_TICKS):
+            await a.fabric.share()
+            reasons.append(a.fabric.status.degraded_reason)
+        assert reasons.index("it cannot be reached") <= sharing.RESTING_TICKS
+        assert "" not in reasons[reasons.index("it cannot be reached") :]
+        await server.start()
+        await a.share()
 
 
 @contextmanager
@@ -388,7 +442,8 @@ async def test_a_region_whose_server_lost_its_data_is_told_in_pieces() -> None:
     await region.answered(shard, [b"before", b"1", 1, []], NOW_US)
     told = 0
     with longest_turn() as longest:
-        await region.answered(shard, [b"after", b"1", 1, []], NOW_US)
+        for version in (1, 2):
+            await region.answered(shard, [b"after", b"%d" % version, version, []], NOW_US)
         while True:
             region.note_again()
             batch = await region.told(shard, NOW_US)

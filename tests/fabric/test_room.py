@@ -319,7 +319,7 @@ async def tell(client: Redis, values: list[bytes], most: int = 200) -> list[byte
         slot = (NOW_US >> HUNDRED.exponent << HUNDRED.exponent) | HUNDRED.exponent
         bucket.merge([Entry(Origin("far", 1), slot, 5)], NOW_US)
         names += KEYS.of_bucket(key)
-        told.append(gateway_text(bucket, room_for(bucket, rule_of), {slot: 5}, NOW_US))
+        told.append(gateway_text(bucket, room_for(bucket, rule_of), {slot: 5}, NOW_US, has_base=True))
     arguments = ["epoch", 1, KEYS.head, most * PLACES_A_BUCKET, 0, MAX_ANSWERED, *told]
     keys = [KEYS.clock, KEYS.changed, KEYS.held, KEYS.fence, *names]
     heard: list[bytes] = (await client.eval(GATEWAY, len(keys), *keys, *arguments))[3]

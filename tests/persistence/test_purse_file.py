@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
 
 from ratelimit_sidecar.crdt.shares import Membership
-from ratelimit_sidecar.persistence.purse_file import BadPurses, holder_of, take_purses, write_purses
+from ratelimit_sidecar.persistence.purse_file import BadPurses, PurseFile, holder_of, take_purses, write_purses
 
 KEPT = {b"one": 5 << 32, b"\x00two \xff": -7, b"most": 1 << 62}
 
@@ -21,9 +22,9 @@ def test_what_was_written_is_there_once(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_node_or_membership_gets_nothing(tmp_path: Path) -> None:
+def test_another_node_or_membership_gets_nothing_and_leaves_nothing_to_the_first(tmp_path: Path) -> None:
     file = tmp_path / "state.purses"
-    holders = [
+    first, *others = [
         holder_of(node, Membership(epoch, weights))
         for node, epoch, weights in (
             ("a", 1, {"a": 1, "b": 1}),
@@ -32,11 +33,21 @@ def test_another_node_or_membership_gets_nothing(tmp_path: Path) -> None:
             ("a", 1, {"a": 1, "b": 2}),
         )
     ]
-    write_purses(file, holders[0], KEPT.items())
-    for holder in holders[1:]:
+    for holder in others:
+        write_purses(file, first, KEPT.items())
         with pytest.raises(BadPurses, match="another"):
             take_purses(file, holder)
+        assert take_purses(file, first) == {}
+    write_purses(file, first, KEPT.items())
     assert take_purses(file, holder_of("a", Membership(1, {"b": 1, "a": 1}))) == KEPT
+
+
+def test_without_members_a_file_from_before_is_deleted_and_none_is_written(tmp_path: Path) -> None:
+    purses = PurseFile(tmp_path / "state", None)
+    write_purses(tmp_path / "state.purses", holder_of("a", Membership(1, {"a": 1})), KEPT.items())
+    asyncio.run(purses.restore())
+    asyncio.run(purses.keep())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_that_is_torn_damaged_or_foreign_is_not_used(tmp_path: Path) -> None:
@@ -49,7 +60,6 @@ def test_a_file_that_is_torn_damaged_or_foreign_is_not_used(tmp_path: Path) -> N
         file.write_bytes(each)
         with pytest.raises(BadPurses):
             take_purses(file, "a")
-    assert file.exists()
 
 
 def test_what_cannot_be_written_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -19,7 +19,9 @@ from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.slot import slot_id, slot_start_us
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.crdt.token_bucket import TokenBucket
-from ratelimit_sidecar.persistence.redis_record import JOIN, READ, BadRecord, join_text, restore_bucket
+from ratelimit_sidecar.persistence.redis_record import JOIN, READ, BadRecord, entry_lines, join_text, restore_bucket
+from ratelimit_sidecar.persistence.redis_store import entry_lists
+from ratelimit_sidecar.persistence.write_queue import ALL
 from ratelimit_sidecar.replication.wire import MAX_NAME_BYTES
 
 pytestmark = needs_redis
@@ -92,7 +94,7 @@ async def test_what_several_write_is_joined_as_the_store_joins_it(
         own = list(bucket.own_entries(bucket.drain_changed_slots()))
         bucket.journal.buckets.clear() if bucket.journal else None
         together.join(bucket.key, bucket.limit, None, own, now_us)
-        told = join_text(bucket, own if writes else bucket.entries(), now_us)
+        told = join_text(bucket, entry_lines(own if writes else bucket.entries()), now_us)
         assert (await join(redis, told, told))[1] == 0, "twice is once"
     now_us += pause * SECOND_US // 10
     expected = bucket_of(together, name, now_us)
@@ -113,7 +115,7 @@ async def test_what_was_given_back_is_kept(redis: Redis, name: str) -> None:
         # So that a token bucket is folded there.
         now_us += SECOND_US
         bucket.take(10, now_us, always=True)
-        await join(redis, join_text(bucket, bucket.own_entries(bucket.drain_changed_slots()), now_us))
+        await join(redis, join_text(bucket, entry_lines(bucket.own_entries(bucket.drain_changed_slots())), now_us))
     found = await restored(redis, name, now_us)
     assert found.fold(now_us) == pytest.approx(bucket.fold(now_us), abs=rounding(name))
 
@@ -130,7 +132,7 @@ async def test_two_that_write_at_the_same_time_lose_nothing(redis: Redis) -> Non
         bucket = bucket_of(make_store(origin), "fixed", NOW_US)
         for hits in range(10):
             bucket.take(writer + 1, NOW_US + hits)
-            told.append(join_text(bucket, bucket.entries(), NOW_US))
+            told.append(join_text(bucket, entry_lines(bucket.entries()), NOW_US))
     await asyncio.gather(*[join(redis, each) for each in reversed(told)])
     found = await restored(redis, "fixed", NOW_US)
     assert LIMITS["fixed"].capacity - found.remaining == 10 * (1 + 2 + 3)
@@ -144,7 +146,7 @@ async def test_however_many_lives_of_nodes_have_used_a_bucket_it_is_joined_and_r
     lives = [Entry(Origin("n" * MAX_NAME_BYTES, life), own.slot, 1) for life in range(1, 5_000)]
     store.journal.peers = {entry.origin for entry in lives}
     bucket.merge(lives, NOW_US)
-    assert await join(redis, join_text(bucket, bucket.entries(), NOW_US)) == [1]
+    assert await join(redis, join_text(bucket, entry_lines(bucket.entries()), NOW_US)) == [1]
     assert (await restored(redis, "fixed", NOW_US)).taken == bucket.taken
 
 
@@ -153,19 +155,19 @@ async def test_a_slot_ahead_of_time_is_not_taken_for_a_clock_that_was_set_back(r
     slot = slot_id(NOW_US + ahead_us, LIMITS["tokens"].exponent)
     bucket = bucket_of(make_store(WRITERS[0]), "tokens", NOW_US)
     bucket.take(1, NOW_US)
-    await join(redis, join_text(bucket, [*bucket.entries(), Entry(WRITERS[1], slot, 5)], NOW_US))
+    await join(redis, join_text(bucket, entry_lines([*bucket.entries(), Entry(WRITERS[1], slot, 5)]), NOW_US))
     assert (await restored(redis, "tokens", NOW_US)).taken.keys() <= {*WRITERS}
 
 
 async def test_what_was_folded_is_not_told_again(redis: Redis) -> None:
     late, now_us = bucket_of(make_store(WRITERS[0]), "tokens", NOW_US), NOW_US + 13 * SECOND_US
     late.take(150, NOW_US, always=True)
-    await join(redis, join_text(late, late.entries(), NOW_US))
+    await join(redis, join_text(late, entry_lines(late.entries()), NOW_US))
     other = bucket_of(make_store(WRITERS[1]), "tokens", now_us)
     other.take(1, now_us)
-    await join(redis, join_text(other, other.entries(), now_us))
+    await join(redis, join_text(other, entry_lines(other.entries()), now_us))
     assert await redis.hget(NAME, "1 one") is None
-    await join(redis, join_text(late, late.entries(), now_us))
+    await join(redis, join_text(late, entry_lines(late.entries()), now_us))
     assert await redis.hget(NAME, "1 one") is None
     found = await restored(redis, "tokens", now_us)
     assert found.fold(now_us) == pytest.approx(late.fold(now_us) + late.limit.period_us, abs=rounding("tokens"))
@@ -178,7 +180,7 @@ async def test_a_base_counts_only_with_the_slots_before_it_folded(redis: Redis) 
     for now_us in (NOW_US, NOW_US + 95 * SECOND_US // 10, NOW_US + 11 * SECOND_US):
         bucket.seal(now_us)
         bucket.take(1, now_us, always=True)
-        await join(redis, join_text(bucket, bucket.entries(), now_us))
+        await join(redis, join_text(bucket, entry_lines(bucket.entries()), now_us))
     assert bucket.base.deficit > 0
     found = await restored(redis, "tokens", now_us)
     assert found.fold(now_us) == pytest.approx(bucket.fold(now_us), abs=rounding("tokens"))
@@ -193,7 +195,7 @@ async def test_a_bucket_that_was_sealed_before_its_horizon_is_read_as_it_was(red
     bucket.shorten(now_us, 3)
     assert bucket.slots < 20
     bucket.take(1, now_us, always=True)
-    await join(redis, join_text(bucket, bucket.entries(), now_us))
+    await join(redis, join_text(bucket, entry_lines(bucket.entries()), now_us))
     found = await restored(redis, "month", now_us)
     assert found.fold(now_us) == pytest.approx(bucket.fold(now_us), abs=rounding("month"))
     assert sorted(found.entries()) == sorted(bucket.entries())
@@ -204,9 +206,9 @@ async def test_a_later_write_never_has_it_expire_sooner(redis: Redis) -> None:
     much, little = (bucket_of(make_store(origin), "tokens", NOW_US) for origin in WRITERS[:2])
     much.take(150, NOW_US, always=True)
     little.take(1, NOW_US)
-    await join(redis, join_text(much, much.entries(), NOW_US))
+    await join(redis, join_text(much, entry_lines(much.entries()), NOW_US))
     before_ms = await redis.pttl(NAME)
-    await join(redis, join_text(little, little.entries(), NOW_US))
+    await join(redis, join_text(little, entry_lines(little.entries()), NOW_US))
     assert await redis.pttl(NAME) > before_ms - 10_000
 
 
@@ -220,7 +222,7 @@ async def test_it_expires_once_nothing_of_it_counts(redis: Redis) -> None:
         await redis.flushall()
         bucket = bucket_of(make_store(WRITERS[0]), name, NOW_US)
         bucket.take(30, NOW_US)
-        await join(redis, join_text(bucket, bucket.entries(), NOW_US))
+        await join(redis, join_text(bucket, entry_lines(bucket.entries()), NOW_US))
         ttl_s = await redis.pttl(NAME) / 1_000
         assert least_s <= ttl_s <= most_s
         assert ttl_s * SECOND_US >= bucket.full_in_us
@@ -235,7 +237,7 @@ async def test_slots_that_are_over_are_not_kept(redis: Redis) -> None:
             now_us += 1 << bucket.limit.exponent
             bucket.take(1, now_us)
             own = list(bucket.own_entries(bucket.drain_changed_slots()))
-            await join(redis, join_text(bucket, own, now_us))
+            await join(redis, join_text(bucket, entry_lines(own), now_us))
             sizes.append(await redis.hstrlen(NAME, "1 one"))
         assert max(sizes[200:]) <= max(sizes[:200]) < 700
 
@@ -246,7 +248,7 @@ async def test_a_bucket_takes_less_than_a_kilobyte(redis: Redis) -> None:
     for origin in nodes:
         bucket = bucket_of(make_store(origin), "fixed", NOW_US)
         bucket.take(1_000_000, NOW_US)
-        await join(redis, join_text(bucket, bucket.entries(), NOW_US))
+        await join(redis, join_text(bucket, entry_lines(bucket.entries()), NOW_US))
     used = await redis.memory_usage(NAME)
     assert used is not None
     assert used < 1_024
@@ -256,7 +258,7 @@ async def test_a_bucket_takes_less_than_a_kilobyte(redis: Redis) -> None:
         for step in range(600):
             bucket = bucket_of(store, "tokens", NOW_US + step * SECOND_US // 10)
             bucket.take(1, NOW_US + step * SECOND_US // 10)
-        await join(redis, join_text(bucket, bucket.entries(), NOW_US + 60 * SECOND_US))
+        await join(redis, join_text(bucket, entry_lines(bucket.entries()), NOW_US + 60 * SECOND_US))
     used = await redis.memory_usage(NAME)
     assert used is not None
     assert used < 2_048
@@ -296,14 +298,47 @@ async def test_a_base_under_another_limit_keeps_its_tokens(redis: Redis) -> None
     now_us = NOW_US + 400 * SECOND_US
     bucket.seal(now_us)
     assert bucket.base.deficit > 0
-    await join(redis, join_text(bucket, bucket.entries(), now_us))
+    await join(redis, join_text(bucket, entry_lines(bucket.entries()), now_us))
     record = await redis.hgetall(NAME)
     boundary_us, full_us = map(int, record[b"base"].split()[:2])
     assert full_us - boundary_us == bucket.base.deficit // slow.tokens
     bucket.set_limit(fast, now_us)
-    await join(redis, join_text(bucket, bucket.entries(), now_us))
+    await join(redis, join_text(bucket, entry_lines(bucket.entries()), now_us))
     record = await redis.hgetall(NAME)
     boundary_us, full_us, period_us, tokens = map(int, record[b"base"].split())
     assert (period_us, tokens) == (fast.period_us, fast.tokens)
     assert (full_us - boundary_us) * tokens // period_us == pytest.approx(bucket.base.deficit // fast.period_us, abs=2)
     assert slot_start_us(next(iter(bucket.entries())).slot) >= boundary_us
+
+
+@pytest.mark.parametrize("later_us", [0, 5 * SECOND_US, 12 * SECOND_US])
+async def test_what_is_sealed_while_a_bucket_of_many_nodes_is_told_in_steps_counts_once(
+    redis: Redis, later_us: int
+) -> None:
+    # What is taken at once is debt for longer than slots are kept.
+    limit = Limit(100, SECOND_US, 2_000)
+    store = Store(WRITERS[0], lambda _key: limit)
+    nodes = [Origin(f"node {number}", 1) for number in range(250)]
+    store.journal.peers = {*nodes}
+    bucket = store.bucket(b"bucket", limit, NOW_US)
+    for back in range(5):
+        slot = slot_id(NOW_US - (back << limit.exponent), limit.exponent)
+        bucket.merge([Entry(node, slot, 3) for node in nodes], NOW_US)
+    lines: list[str] = []
+    sizes = []
+    now_us = NOW_US + later_us
+    for entries in entry_lists(bucket, ALL):
+        sizes.append(len(entries))
+        lines += entry_lines(entries)
+        if len(sizes) == 2:
+            bucket.seal(now_us)
+    assert max(sizes) <= 300
+    assert len(sizes) >= 3
+    for _ in range(2):
+        await join(redis, join_text(bucket, lines, now_us))
+    read = Store(Origin("reader", 1), lambda _key: limit)
+    [told] = await redis.eval(READ, 1, NAME)
+    restore_bucket(b"bucket", limit, told, read, now_us)
+    found = read.bucket(b"bucket", limit, now_us)
+    assert found.fold(now_us) > 0
+    assert found.fold(now_us) == pytest.approx(bucket.fold(now_us), abs=50 * limit.tokens)

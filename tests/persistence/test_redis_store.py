@@ -15,7 +15,7 @@ import structlog
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.trace import SpanKind, StatusCode
 from persistence.redis_server import WITHIN_S, RedisServer, needs_redis
-from persistence.test_snapshot import AFTER, BEFORE, ELSEWHERE, NOW_US, make_store, take
+from persistence.test_snapshot import AFTER, BEFORE, ELSEWHERE, NOW_US, RULES, make_store, take
 from telemetry.test_traces import Traced
 
 from ratelimit_sidecar.config.sidecar_schema import PersistenceConfig
@@ -215,6 +215,21 @@ async def test_what_no_rule_knows_is_left_alone(server: RedisServer) -> None:
         await until(lambda: other.status.last_us is not None)
     assert len(empty) == 0
     assert await server.names() == before
+
+
+async def test_what_had_no_rule_at_the_start_is_read_when_its_rule_has_come(server: RedisServer) -> None:
+    store = make_store(BEFORE)
+    state = state_in(server, store)
+    async with kept(state):
+        hit(state, store)
+        await until(lambda: state.status.written == 1)
+    late = Store(AFTER, Rules({}).replicated_limit_of_key)
+    other = state_in(server, late)
+    async with kept(other):
+        await until(lambda: other.status.last_us is not None)
+        late.limit_of_key = RULES.replicated_limit_of_key
+        other.use_rules()
+        await until(lambda: [bucket.remaining for bucket in late] == [97])
 
 
 async def test_keys_of_others_are_left_alone(server: RedisServer) -> None:

@@ -15,9 +15,10 @@ from ratelimit_sidecar.crdt.slot import slot_id
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.limiter.key import rule_key
 from ratelimit_sidecar.limiter.rules import Consistency, Rule, RuleNode, Rules
+from ratelimit_sidecar.persistence.put_off import RECORD_BUCKETS, RECORD_ENTRIES, PutOff
 from ratelimit_sidecar.persistence.snapshot_format import (
+    END,
     MAGIC,
-    RECORD_BUCKETS,
     REPLICATED,
     BadSnapshot,
     RestoreTarget,
@@ -99,7 +100,7 @@ takes = st.lists(
 )
 
 
-@given(takes, st.integers(0, 20 * SECOND_US), st.integers(0, 50))
+@given(takes, st.integers(0, 20 * SECOND_US) | st.integers(0, 300 * SECOND_US), st.integers(0, 50))
 def test_a_store_restored_holds_what_the_one_before_held(
     history: list[tuple[str, str, int, int]], pause_us: int, heard: int
 ) -> None:
@@ -126,6 +127,38 @@ def test_a_store_restored_holds_what_the_one_before_held(
             assert restored.fold(then_us) == bucket.fold(then_us)
             assert (restored.journal is None) == (bucket.journal is None)
     assert after.drain_changes() == [], "what an earlier life took is not told again as this one's"
+
+
+@pytest.mark.parametrize(("owed", "pause_s"), [(0, 10), (0, 50), (180, 0), (180, 65), (180, 70), (180, 150)])
+def test_however_long_nothing_ran_debt_is_repaid_and_refill_comes_once(owed: int, pause_s: int) -> None:
+    """All of its slots are then older than the horizon, and in nobody's base."""
+    minute = Limit(60, 60 * SECOND_US, 60)
+    before, after = (Store(origin, lambda _key: minute) for origin in (BEFORE, AFTER))
+    bucket = before.bucket(b"k", minute, NOW_US - 300 * SECOND_US)
+    bucket.take(60, NOW_US - 300 * SECOND_US)
+    for ago_s in range(300, 0, -1):
+        bucket.take(1, NOW_US - ago_s * SECOND_US)
+    bucket.take(owed, NOW_US, always=True)
+    then_us = NOW_US + pause_s * SECOND_US
+    read(written(before), after, then_us)
+    assert after.bucket(b"k", minute, then_us).fold(then_us) == bucket.fold(then_us) > 0
+
+
+def test_parts_of_a_bucket_are_joined_as_one() -> None:
+    """Of entries that are written apart each part by itself would be no debt."""
+    before, after = make_store(BEFORE), make_store(AFTER)
+    take(before, "month", "a", 1, NOW_US)
+    [bucket] = before
+    width_us = 1 << bucket.limit.exponent
+    slots = [slot_id(NOW_US - age * width_us, bucket.limit.exponent) for age in range(40)]
+    before.journal.peers = {Origin(f"peer {number}", 1) for number in range(60)}
+    for origin in before.journal.peers:
+        bucket.merge([Entry(origin, slot, 4) for slot in slots], NOW_US)
+    assert bucket.slots > 3 * RECORD_ENTRIES
+    then_us = NOW_US + 70 * width_us
+    read(written(before), after, then_us)
+    [restored] = after
+    assert restored.fold(then_us) == bucket.fold(then_us) > 0
 
 
 def test_a_snapshot_of_many_buckets_has_many_records_and_gives_others_their_turn() -> None:
@@ -217,7 +250,9 @@ def test_a_record_that_names_more_origins_than_a_peer_may_is_read() -> None:
     writer = DeltasWriter(BEFORE)
     writer.add(bucket, None, list(bucket.entries()))
     after = make_store(AFTER)
-    list(restore(REPLICATED, writer.payload(), RestoreTarget(after, BEFORE, RULES.local_limit_of_key), NOW_US))
+    to = RestoreTarget(after, BEFORE, RULES.local_limit_of_key)
+    for kind, payload in ((REPLICATED, writer.payload()), (END, b"")):
+        list(restore(kind, payload, to, NOW_US))
     assert [restored.taken for restored in after] == [bucket.taken]
 
 
@@ -283,6 +318,25 @@ def test_of_what_has_no_rule_any_more_nothing_is_kept(small: bytes) -> None:
     for kind, payload in records_again(file):
         assert sum(_all(restore(kind, payload, to, NOW_US))) >= 0
     assert len(after) == 0
+
+
+def test_what_is_put_off_is_bounded() -> None:
+    for most_bytes, kept in ((1_000, len(LIMITS)), (0, 0)):
+        put_off = PutOff(most_bytes)
+        for name in LIMITS:
+            put_off.add(
+                REPLICATED, name.encode(), None, [Entry(BEFORE, slot_id(NOW_US, 20), 1)], NOW_US, has_rule=False
+            )
+        put_off.end()
+        assert put_off.without_rule == kept
+        assert put_off.left_out == len(LIMITS) - kept
+
+
+def test_a_slot_that_began_long_ago_and_may_still_count_is_put_off() -> None:
+    put_off = PutOff()
+    month = slot_id(NOW_US - 40 * 86_400 * SECOND_US, 42)
+    put_off.add(REPLICATED, b"key", None, [Entry(BEFORE, month, 1)], NOW_US, has_rule=False)
+    assert put_off.without_rule == 1
 
 
 def _all(pieces: Iterator[int]) -> list[int]:

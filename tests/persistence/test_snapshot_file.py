@@ -7,11 +7,16 @@ import resource
 from pathlib import Path
 
 import pytest
+from persistence.test_redis_store import until
 from persistence.test_snapshot import AFTER, BEFORE, NOW_US, RULES, make_store, take
+from structlog.testing import capture_logs
 
+from ratelimit_sidecar.crdt.limit import AnyLimit
 from ratelimit_sidecar.crdt.store import Store
+from ratelimit_sidecar.limiter.rules import Rules
+from ratelimit_sidecar.persistence.put_off import RECORD_BUCKETS
 from ratelimit_sidecar.persistence.snapshot_file import SnapshotFile, StateError
-from ratelimit_sidecar.persistence.snapshot_format import RECORD_BUCKETS, REPLICATED, SnapshotSize, _record, snapshot
+from ratelimit_sidecar.persistence.snapshot_format import REPLICATED, SnapshotSize, _record, snapshot
 
 
 def files_in(folder: Path) -> list[tuple[str, int, int]]:
@@ -187,6 +192,82 @@ async def test_one_that_was_cut_short_with_nothing_in_it_is_in_nobodys_way(tmp_p
     await snapshots_of(file, after).load()
     assert len(after) == 1
     assert file.exists()
+
+
+class Start:
+    """A sidecar that has started with a file: its rules and its clock may change."""
+
+    def __init__(self, file: Path, rules: Rules = RULES, now_us: int = NOW_US) -> None:
+        self.rules, self.now_us = rules, now_us
+        self.store = make_store(AFTER, rules)
+        self.snapshots = SnapshotFile(file, self.store, lambda: self.now_us, self.local_limit_of_key, 0.01)
+
+    def local_limit_of_key(self, key: bytes) -> AnyLimit | None:
+        return self.rules.local_limit_of_key(key)
+
+    def use_rules(self, rules: Rules) -> None:
+        self.rules, self.store.limit_of_key = rules, rules.replicated_limit_of_key
+        self.snapshots.use_rules()
+
+    def left(self) -> list[int]:
+        return sorted(bucket.remaining for bucket in self.store)
+
+    async def until_joined(self, buckets: int) -> None:
+        joining = asyncio.create_task(self.snapshots.join_put_off())
+        await until(lambda: len(self.store) == buckets and self.snapshots.is_all_joined)
+        joining.cancel()
+        await asyncio.wait([joining])
+
+
+@pytest.fixture
+async def file(tmp_path: Path) -> Path:
+    """The state of a process that has ended: three buckets, one of them not replicated."""
+    store = store_with("a", "b")
+    take(store, "alone", "a", 30, NOW_US)
+    await snapshots_of(tmp_path / "state", store).save()
+    return tmp_path / "state"
+
+
+async def test_what_has_no_rule_yet_stays_in_the_file_and_is_joined_when_its_rule_comes(file: Path) -> None:
+    for _ in range(2):
+        started = Start(file, Rules({}))
+        await started.snapshots.load()
+        assert len(started.store) == 0
+        await started.snapshots.save()
+    started.use_rules(RULES)
+    await started.until_joined(3)
+    assert started.left() == [10, 97, 97]
+    assert started.store.drain_changes() == [], "what an earlier life took is not told again as this one's"
+    await started.snapshots.save()
+    again = Start(file)
+    await again.snapshots.load()
+    assert again.left() == [10, 97, 97]
+    assert again.snapshots.is_all_joined
+
+
+async def test_what_is_ahead_of_a_clock_stays_in_the_file_and_is_joined_once_the_clock_has_come_forward(
+    file: Path,
+) -> None:
+    behind_us = NOW_US - 100_000_000_000
+    started = Start(file, now_us=behind_us)
+    with capture_logs() as logs:
+        await started.snapshots.load()
+    assert [(log["event"], log["ahead_of_clock"]) for log in logs if log["log_level"] == "warning"] == [
+        ("buckets_put_off", 3)
+    ]
+    assert started.left() == [40, 100, 100]
+    await started.snapshots.save()
+    again = Start(file, now_us=behind_us)
+    await again.snapshots.load()
+    again.now_us = NOW_US
+    await again.until_joined(3)
+    assert again.left() == [10, 97, 97]
+
+
+async def test_a_bucket_of_a_rule_that_is_gone_is_forgotten_in_the_end(file: Path) -> None:
+    started = Start(file, Rules({}), now_us=NOW_US + 32 * 86_400_000_000)
+    await started.snapshots.load()
+    assert started.snapshots.is_all_joined
 
 
 async def test_run_saves_again_and_again(tmp_path: Path) -> None:

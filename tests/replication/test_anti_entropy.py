@@ -149,6 +149,45 @@ def test_a_rule_that_comes_later_learns_what_was_taken_before() -> None:
     assert_all_hold(cluster, 5)
 
 
+@pytest.mark.parametrize("is_in_snapshot", [False, True])
+def test_what_peers_told_while_there_was_no_rule_is_asked_for_when_there_is_one(*, is_in_snapshot: bool) -> None:
+    """Its slot is not over for hours: it is not compared, and nobody tells of it again by itself."""
+    cluster = Cluster(4, "abc", rules_with(user=Limit(1_000, 30 * 86_400 * SECOND_US, 1_000)))
+    a, b = cluster["a"], cluster["b"]
+    b.store.limit_of_key = ELSEWHERE.replicated_limit_of_key
+    b.replicator.use_rules(ELSEWHERE.digest)
+    if not is_in_snapshot:
+        cluster.run_until_settled()
+    a.bucket("ann").take(5, a.now_us)
+    cluster.run(20 * SECOND_US)
+    assert taken_at(b, "ann") == 0
+    b.store.limit_of_key = b.limiter.rules.replicated_limit_of_key
+    b.replicator.use_rules(b.limiter.rules.digest)
+    cluster.run(SECOND_US)
+    assert_all_hold(cluster, 5)
+    sent = entries_sent(cluster)
+    b.replicator.use_rules(ELSEWHERE.digest)
+    cluster.run(SECOND_US)
+    assert entries_sent(cluster) == sent, "nothing was missed since"
+
+
+def test_other_rules_that_lack_it_too_change_nothing_in_what_is_asked_for() -> None:
+    cluster = Cluster(4, "abc", rules_with(user=Limit(1_000, 3_600 * SECOND_US, 1_000)))
+    a, b = cluster["a"], cluster["b"]
+    b.store.limit_of_key = ELSEWHERE.replicated_limit_of_key
+    b.replicator.use_rules(ELSEWHERE.digest)
+    cluster.run_until_settled()
+    a.bucket("ann").take(5, a.now_us)
+    # Until its slot is long over.
+    cluster.run(150 * SECOND_US)
+    b.replicator.use_rules(ELSEWHERE.digest + 1)
+    cluster.run(10 * SECOND_US)
+    b.store.limit_of_key = b.limiter.rules.replicated_limit_of_key
+    b.replicator.use_rules(b.limiter.rules.digest)
+    cluster.run(SECOND_US)
+    assert_all_hold(cluster, 5)
+
+
 @pytest.mark.parametrize("skew_us", [0, 500_000])
 @pytest.mark.parametrize("algorithm", ["token_bucket", "sliding_window"])
 def test_replicas_under_load_are_not_found_to_differ(algorithm: str, skew_us: int) -> None:

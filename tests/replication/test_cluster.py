@@ -5,11 +5,12 @@ from __future__ import annotations
 from random import Random
 
 import pytest
-from replication.builders import PER_USER, RULES, SECOND_US, rules_with, take
+from replication.builders import PER_USER, RULES, SECOND_US, key_of, rules_with, take
 from seeds import seeds
 
 from ratelimit_sidecar.crdt.bucket import Bucket
 from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.limiter.rules import Rules
 from ratelimit_sidecar.replication.flushing import URGENT_FLUSH_SECONDS
 from ratelimit_sidecar.replication.outbox import MAX_UNACKNOWLEDGED
 from simulation.clock import clocks_off
@@ -229,3 +230,33 @@ def test_both_ends_use_one_of_two_streams_and_the_other_takes_over_when_it_is_lo
     assert peer.streams[0] is second
     assert peer.connections == 1
     assert_converged(cluster)
+
+
+def test_nodes_that_change_a_limit_and_change_it_back_at_other_moments_owe_the_same_to_the_bit() -> None:
+    day, second = (
+        rules_with(user=limit) for limit in (Limit(1_000, 86_400 * SECOND_US, 1_000), Limit(10, SECOND_US, 10))
+    )
+    cluster = Cluster(5, "abc", day, ways=between("abc", 20 * MS))
+    cluster.run_until_settled()
+
+    def change(each: Node, rules: Rules) -> None:
+        each.limiter.use_rules(rules)
+        each.replicator.use_rules(rules.digest)
+
+    def take_some(each: Node, hits: int) -> Bucket:
+        limit = each.store.limit_of_key(key_of("ann"))
+        assert limit is not None
+        bucket = each.store.bucket(key_of("ann"), limit, each.now_us)
+        bucket.take(hits, each.now_us)
+        return bucket
+
+    take_some(cluster["a"], 1_000)
+    for rules in (second, day):
+        for number, each in enumerate(cluster):
+            cluster.loop.after(number * SECOND_US, lambda each=each, rules=rules: change(each, rules))
+        for each in cluster:
+            cluster.run(3 * SECOND_US)
+            take_some(each, 1)
+        cluster.run(20 * SECOND_US)
+    assert_folds_are_equal(cluster)
+    assert all(take_some(each, 0).remaining < 10 for each in cluster)

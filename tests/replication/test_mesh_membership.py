@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 
 import pytest
+from replication.builders import RULES, SECOND_US
 from replication.meshes import (
     TIMEOUT_SECONDS,
     Sidecar,
@@ -25,10 +26,15 @@ from replication.meshes import (
 from structlog.testing import capture_logs
 from tenacity import RetryCallState
 
+from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.crdt.ledger import Ledger
+from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.shares import OLD_LOAN_US, Membership, Shares
 from ratelimit_sidecar.replication.carried import CERTAIN_US
 from ratelimit_sidecar.replication.connections import FORGET_US
 from ratelimit_sidecar.replication.dialler import redial_seconds
 from ratelimit_sidecar.replication.limits import DEFAULT_LIMITS, MeshLimits
+from ratelimit_sidecar.replication.payments import PaymentExchange
 from ratelimit_sidecar.replication.resolver import Resolver
 from ratelimit_sidecar.replication.targets import GRACE_US, Target, port_of
 from ratelimit_sidecar.supervision import Supervisor
@@ -481,8 +487,10 @@ async def test_two_nodes_with_one_id_are_told_once_with_their_addresses_and_what
             assert events(logs, "peer_unreachable") == events(logs, "stream_refused") == []
 
 
-async def test_a_node_whose_id_a_third_one_knows_as_anothers_is_told_so() -> None:
+async def test_a_node_whose_id_a_third_one_knows_as_anothers_is_told_so_and_has_no_share_of_strict_limits() -> None:
     jump_us = 0
+    shares = Shares(Membership(1, {"a": 1, "b": 1}), "b", now_us() - 2 * OLD_LOAN_US)
+    ledger = Ledger(shares, Origin("b", 2), RULES.strict_limit_of_key)
     with capture_logs() as logs:
         async with (
             sidecar("a") as a,
@@ -491,8 +499,15 @@ async def test_a_node_whose_id_a_third_one_knows_as_anothers_is_told_so() -> Non
             await a.connected_to("b")
             await told(logs, "peer_connected", times=2)
             async with sidecar(
-                "b", incarnation=2, listen=None, peers=[address_of(a)], clock=lambda: now_us() + jump_us, redial=soon
+                "b",
+                incarnation=2,
+                listen=None,
+                peers=[address_of(a)],
+                clock=lambda: now_us() + jump_us,
+                redial=soon,
+                payments=PaymentExchange(ledger, now_us),
             ) as namesake:
+                assert ledger.bucket(b"k", Limit(100, SECOND_US, 100), now_us()).remaining == 50
                 # Refused twice, so it has noted the first time.
                 await a.until(lambda: a.mesh.protocol_errors.get("duplicate_node", 0) >= 2)
                 jump_us = CERTAIN_US
@@ -500,6 +515,9 @@ async def test_a_node_whose_id_a_third_one_knows_as_anothers_is_told_so() -> Non
                 error = (await told(logs, "two_nodes_with_one_id"))[0]
                 assert (error["node"], error["addresses"]) == ("b", ["this node", address_of(a)])
                 assert namesake.mesh.is_id_taken
+                await namesake.until(lambda: shares.part(now_us()) == 0)
+                ledger.tick({}, now_us(), 1, 1)
+                assert ledger.bucket(b"k", Limit(100, SECOND_US, 100), now_us()).remaining == 0
                 jump_us += ID_TAKEN_US
                 assert not b.mesh.is_id_taken
                 assert not a.mesh.is_id_taken

@@ -1031,6 +1031,9 @@ def test_a_fixed_window_is_told_to_a_peer_that_was_away_only_if_it_was_written_t
     assert keys_told(drained(outbox, NOW_US + 62 * SECOND_US)) == {key_of("new", rules=rules_with(user=day))}
 
 
+FIXED_HOUR = WindowLimit(1_000, 3_600 * SECOND_US, Window.FIXED)
+
+
 @pytest.mark.parametrize(
     "limit",
     [
@@ -1074,6 +1077,37 @@ def test_what_was_encoded_before_it_was_overtaken_takes_nothing_back(limit: AnyL
     heard.merge(b"victim", None, [Entry(A.origin, slot, 500)], applied_us)
     note(outbox)
     assert counts() == [6]
+
+
+@pytest.mark.parametrize(
+    "limit",
+    [PER_USER, WindowLimit(1_000, 3_600 * SECOND_US, Window.SLIDING), FIXED_HOUR],
+    ids=["bucket", "sliding", "fixed"],
+)
+@pytest.mark.parametrize("others", [1, MAX_BATCH_BUCKETS - 1], ids=["in one batch", "in a batch each"])
+def test_what_waits_takes_nothing_back_that_a_third_node_told_meanwhile(limit: AnyLimit, others: int) -> None:
+    store, heard = (Store(local.origin, lambda _key: limit) for local in (A, B))
+    outbox, reader = opened(store), DeltasReader(A.origin, is_proven=True)
+    applied_us = NOW_US + (0 if limit is FIXED_HOUR else 2 << limit.exponent)
+    bucket = store.bucket(b"victim", limit, NOW_US)
+    for number in range(3):
+        bucket.take(1, NOW_US)
+        for other in range(others):
+            store.bucket(b"%d %d" % (number, other), limit, NOW_US).take(1, NOW_US)
+        note(outbox, NOW_US + number)
+    [slot] = bucket.taken[A.origin]
+    # Told by a third node, which has heard all of it.
+    heard.join(b"victim", limit, None, [Entry(A.origin, slot, 3)], applied_us)
+    for batch in drained(outbox):
+        for _ in reader.apply_steps(deltas_of(batch), heard, applied_us):
+            assert sum(heard.bucket(b"victim", limit, applied_us).taken[A.origin].values()) == 3
+    # Once nothing waits any more, what others say of it is put right.
+    heard.merge(b"victim", None, [Entry(A.origin, slot, 500)], applied_us)
+    bucket.take(1, NOW_US)
+    note(outbox, NOW_US + 3)
+    for batch in drained(outbox):
+        apply_all(reader, heard, deltas_of(batch), applied_us)
+    assert sum(heard.bucket(b"victim", limit, applied_us).taken[A.origin].values()) == 4
 
 
 def test_what_is_told_amid_a_flush_overtakes_what_that_has_encoded_so_far() -> None:

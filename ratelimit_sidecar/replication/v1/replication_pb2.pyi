@@ -255,18 +255,20 @@ class Return(_message.Message):
     def __init__(self, number: _Optional[int] = ..., amount: _Optional[int] = ...) -> None: ...
 
 class Status(_message.Message):
-    __slots__ = ("reaches", "rules", "full", "joined", "sync_request")
+    __slots__ = ("reaches", "rules", "full", "joined", "sync_request", "missed_since_us")
     REACHES_FIELD_NUMBER: _ClassVar[int]
     RULES_FIELD_NUMBER: _ClassVar[int]
     FULL_FIELD_NUMBER: _ClassVar[int]
     JOINED_FIELD_NUMBER: _ClassVar[int]
     SYNC_REQUEST_FIELD_NUMBER: _ClassVar[int]
+    MISSED_SINCE_US_FIELD_NUMBER: _ClassVar[int]
     reaches: _containers.RepeatedScalarFieldContainer[str]
     rules: int
     full: bool
     joined: bool
     sync_request: SyncRequest
-    def __init__(self, reaches: _Optional[_Iterable[str]] = ..., rules: _Optional[int] = ..., full: _Optional[bool] = ..., joined: _Optional[bool] = ..., sync_request: _Optional[_Union[SyncRequest, str]] = ...) -> None: ...
+    missed_since_us: int
+    def __init__(self, reaches: _Optional[_Iterable[str]] = ..., rules: _Optional[int] = ..., full: _Optional[bool] = ..., joined: _Optional[bool] = ..., sync_request: _Optional[_Union[SyncRequest, str]] = ..., missed_since_us: _Optional[int] = ...) -> None: ...
 
 class Digest(_message.Message):
     __slots__ = ("at_us", "segments", "sums")

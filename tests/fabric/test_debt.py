@@ -1,0 +1,222 @@
+"""A debt is known to each sidecar of a region that is asked about the key, however long ago it was made."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+from fabric.test_fabric import connect_to, server
+from fabric.test_faults import Plain
+from persistence.redis_server import RedisServer, needs_redis
+from persistence.test_snapshot import NOW_US, SECOND_US
+
+from ratelimit_sidecar.crdt.bucket import Entry, Origin
+from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.slot import slot_id
+from ratelimit_sidecar.crdt.store import Store
+from ratelimit_sidecar.fabric.exchange import RegionExchange
+from ratelimit_sidecar.fabric.link import Link
+from ratelimit_sidecar.fabric.region import Region, region_origin
+from ratelimit_sidecar.fabric.scripts import FULL_FOR_S, FabricKeys
+from ratelimit_sidecar.fabric.sharing import RESTING_TICKS
+
+pytestmark = needs_redis
+
+__all__ = ["server"]
+
+MINUTE = Limit(60, 60 * SECOND_US, 60)
+[KEYS] = FabricKeys("ratelimit").shards
+WEST = Origin("west (fabric)", 1)
+
+A_SLOT = 60 / 32
+"""Tokens: what others took is placed in the middle of its slot."""
+
+
+class At(Plain):
+    """A sidecar with a limit by the minute, at a second of the test."""
+
+    def __init__(self, name: str, server: RedisServer) -> None:
+        super().__init__(name, server, MINUTE)
+
+    async def hit_at(self, second: int, hits: int) -> None:
+        """Take, and have one tick."""
+        self.now_us = NOW_US + second * SECOND_US
+        self.hit(hits)
+        await self.share()
+
+    def owed(self) -> float:
+        return owed(self.store, self.now_us)
+
+
+def owed(store: Store, now_us: int) -> float:
+    [bucket] = list(store)
+    return bucket.fold(now_us) / MINUTE.period_us
+
+
+@asynccontextmanager
+async def region_of(server: RedisServer, names: str) -> AsyncIterator[list[At]]:
+    made = [At(name, server) for name in names]
+    yield made
+    for each in made:
+        await each.close()
+
+
+class AtGateway:
+    """The gateway of the region, begun anew; what other regions send is in its store."""
+
+    def __init__(self, server: RedisServer) -> None:
+        keys = FabricKeys("ratelimit")
+        self.now_us = NOW_US
+        self.store = Store(Origin("gateway", 1), lambda _key: MINUTE)
+        self.region = Region(region_origin("east"), self.store, keys)
+        self.link = Link(connect_to(server))
+        self.exchange = RegionExchange(self.link, keys, self.store, lambda: self.now_us)
+
+    def receive(self, hits: int) -> None:
+        """The west took so many now."""
+        entry = Entry(WEST, slot_id(self.now_us, MINUTE.exponent), hits)
+        self.store.join(b"x", MINUTE, None, [entry], self.now_us)
+        [bucket] = list(self.store)
+        self.region.note_news(bucket, [entry])
+
+    async def tick_at(self, second: int, hits: int = 0) -> None:
+        self.now_us = NOW_US + second * SECOND_US
+        if hits:
+            self.receive(hits)
+        # Once more than it takes to read all: then it tells again what the server may have lost.
+        for _ in range(4):
+            while await self.exchange.run(self.region, None, 1):
+                pass
+
+
+@pytest.mark.parametrize("second", [30, 75, 150, 230])
+async def test_a_sidecar_knows_a_debt_after_its_first_tick_though_nobody_used_the_bucket_since(
+    server: RedisServer, second: int
+) -> None:
+    """Of its slots those older than the horizon are in no base."""
+    async with region_of(server, "ab") as (a, b):
+        await a.hit_at(0, 240)
+        await b.hit_at(second, 1)
+        assert b.owed() == pytest.approx(240 - second + 1, abs=A_SLOT)
+
+
+async def test_one_that_does_not_know_a_debt_yet_hides_it_from_nobody(server: RedisServer) -> None:
+    async with region_of(server, "abcd") as (a, b, c, d):
+        await a.hit_at(0, 100)
+        # So that there is a base, which the slot after it is not in.
+        for second in (70, 71):
+            await a.hit_at(second, 100)
+        for each in (b, c):
+            await each.hit_at(150, 1)
+        assert c.owed() == pytest.approx(300 - 150 + 2, abs=A_SLOT)
+        await d.hit_at(240, 1)
+        assert d.owed() == pytest.approx(300 - 240 + 3, abs=A_SLOT)
+
+
+async def test_what_a_sidecar_took_itself_and_has_forgotten_is_part_of_the_debt(server: RedisServer) -> None:
+    async with region_of(server, "ab") as (a, b):
+        await a.hit_at(0, 60)
+        await b.hit_at(30, 100)
+        # To itself its bucket is full.
+        a.store.sweep(NOW_US + 100 * SECOND_US, 1)
+        assert len(a.store) == 0
+        await a.hit_at(110, 1)
+        assert a.owed() == pytest.approx(60 + 100 - 110 + 1, abs=A_SLOT)
+
+
+async def test_a_debt_that_others_know_is_not_charged_twice(server: RedisServer) -> None:
+    async with region_of(server, "ab") as (a, b):
+        for second in range(0, 200, 10):
+            for each in (a, b):
+                await each.hit_at(second, 9)
+        # It is asked about, and told, as if it was new.
+        for each in (a, b, a, b):
+            each.fabric.shards[0].tell_again()
+            await each.hit_at(200, 0)
+            each.hit(1)
+            await each.share()
+        assert a.owed() == pytest.approx(20 * 18 - 200 + 4, abs=A_SLOT)
+
+
+async def test_a_debt_is_known_though_its_slot_is_dropped_by_the_one_that_reads_it(server: RedisServer) -> None:
+    async with region_of(server, "abc") as (a, b, c), server.client() as client:
+        await a.hit_at(0, 240)
+        name, index = KEYS.of_bucket(b"x")
+        kept, until, _ = (await client.hget(name, "keep")).split()
+        # As when it has many: the next write looks for those that are too old.
+        await client.hset(name, "keep", b"%s %s 1" % (kept, until))
+        await b.hit_at(120, 1)
+        assert await client.zcard(index) == 2, "the new slot, and the mark"
+        await b.share()
+        await c.hit_at(180, 1)
+        for each, expected in ((b, 240 - 120 + 1), (c, 240 - 180 + 2)):
+            assert each.owed() == pytest.approx(expected, abs=A_SLOT)
+
+
+async def test_a_debt_makes_no_room_for_others_before_it_is_repaid(server: RedisServer) -> None:
+    async with region_of(server, "ab") as (a, b), server.client() as client:
+        await a.hit_at(0, 240)
+        for hits in (1, 0):
+            await b.hit_at(75, hits)
+        [score] = [score for name, score in await client.zrange(KEYS.held, 0, -1, withscores=True) if name != b"@"]
+        seconds, _ = await client.time()
+        assert score - seconds == pytest.approx(240 - 75 + 1 + FULL_FOR_S, abs=10)
+
+
+async def test_a_debt_that_is_told_late_is_known_though_others_have_told_theirs(server: RedisServer) -> None:
+    """As after a partition: the larger one holds."""
+    async with region_of(server, "abc") as (a, b, c):
+        await a.hit_at(0, 100)
+        await server.kill()
+        b.hit(200)
+        await server.start()
+        a.now_us = b.now_us = NOW_US + 75 * SECOND_US
+        for each in (a, b):
+            for _ in range(2 * RESTING_TICKS):
+                await each.fabric.share()
+        await c.hit_at(75, 1)
+        assert c.owed() == pytest.approx(200 - 75 + 1, abs=A_SLOT)
+
+
+async def test_a_gateway_that_begins_knows_a_debt_of_all_regions(server: RedisServer) -> None:
+    first, next_one = AtGateway(server), AtGateway(server)
+    async with region_of(server, "ab") as (a, b):
+        await a.hit_at(0, 140)
+        await first.tick_at(1)
+        await first.tick_at(1, 100)
+        await next_one.tick_at(75)
+        assert owed(next_one.store, next_one.now_us) == pytest.approx(240 - 75, abs=2 * A_SLOT)
+        # And so does who hears of it by the base that a gateway has told.
+        await next_one.tick_at(76, 1)
+        await b.hit_at(76, 1)
+        assert b.owed() == pytest.approx(240 - 76 + 2, abs=2 * A_SLOT)
+    for each in (first, next_one):
+        await each.link.close()
+
+
+async def test_a_gateway_that_has_not_read_all_hides_a_debt_from_nobody(server: RedisServer) -> None:
+    gateway = AtGateway(server)
+    async with region_of(server, "ab") as (a, b):
+        await a.hit_at(0, 100)
+        for second in (70, 71):
+            await a.hit_at(second, 100)
+        await gateway.tick_at(150, 1)
+        await b.hit_at(150, 1)
+        assert b.owed() == pytest.approx(300 - 150 + 2, abs=A_SLOT)
+        assert owed(gateway.store, gateway.now_us) == pytest.approx(300 - 150 + 1, abs=A_SLOT)
+    await gateway.link.close()
+
+
+async def test_a_server_that_lost_its_data_is_told_the_debt_of_other_regions(server: RedisServer) -> None:
+    gateway = AtGateway(server)
+    async with region_of(server, "b") as [b], server.client() as client:
+        await gateway.tick_at(0, 240)
+        gateway.store.sweep(NOW_US + 150 * SECOND_US, 1)
+        [bucket] = list(gateway.store)
+        assert not list(bucket.entries())
+        await client.flushall()
+        await gateway.tick_at(150)
+        await b.hit_at(150, 1)
+        assert b.owed() == pytest.approx(240 - 150 + 1, abs=A_SLOT)
+    await gateway.link.close()
