@@ -321,7 +321,9 @@ class Descriptor(Section):
     charge: Annotated[ChargeName | None, ShownDefault("that of the domain")] = Field(
         None,
         description="Which hits count: those `admitted`; with `reported` also all of descriptors that bring hits of"
-        " their own, as with Envoy's `apply_on_stream_done`; or `always` all. What is denied and charged is debt.",
+        " their own, as with Envoy's `apply_on_stream_done`; or `always` all. What is denied and charged is debt. Hits"
+        " that are reported after the response want one of these two: as `admitted` those beyond what is left are not"
+        " charged.",
     )
     retry_after: Flag = Field(False, description="Headers of a denial say when to come back.")
     body: Annotated[Body | None, AsWritten(), ShownDefault("Envoy's own")] = Field(

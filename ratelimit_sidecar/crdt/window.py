@@ -81,6 +81,10 @@ class _Window(Bucket):
             self._received_tokens = None
 
     @abstractmethod
+    def left_within(self, us: int) -> int:
+        """Tokens that can be taken evenly in the next `us` microseconds with no more than the limit in a window."""
+
+    @abstractmethod
     def _is_past(self, slot: int) -> bool:
         """True when the slot cannot count any more, whichever limit it is of."""
 
@@ -137,6 +141,10 @@ class FixedWindow(_Window):
 
     def retry_after_us(self, hits: int) -> int:
         return 0 if self.count + hits <= self._limit.requests else self.full_in_us
+
+    def left_within(self, us: int) -> int:
+        """See `_Window.left_within`. Of the next window it is an even part."""
+        return self.remaining + self._limit.requests * max(0, us - self.full_in_us) // self._limit.period_us
 
     def advance(self, now_us: int) -> None:
         """Enter the window of `now_us` and forget the ones before."""
@@ -287,8 +295,8 @@ class SlidingWindow(_Window):
         """When the first and the last slot that counts leave the period; 0 when no slot counts."""
         self._leaving: dict[int, int] | None = None
         """By when they leave the period, the next first, the tokens that count, of all replicas together: so whoever is
-        denied again and again does not have the slots of each looked at. None until `retry_after_us` needs it, after a
-        recount, and as long as there are few slots.
+        denied again and again does not have the slots of each looked at. None until it is needed, after a recount, and
+        as long as there are few slots.
         """
 
     def take(self, hits: int, now_us: int, *, always: bool = False) -> bool:
@@ -335,6 +343,25 @@ class SlidingWindow(_Window):
         excess = self.count + hits - self._limit.requests
         if excess <= 0:
             return 0
+        fits_us = self.at_us
+        for leaves_us, tokens in self._leaving_in_order().items():
+            fits_us = leaves_us
+            excess -= tokens
+            if excess <= 0:
+                break
+        return fits_us - self.at_us
+
+    def left_within(self, us: int) -> int:
+        """See `_Window.left_within`."""
+        left = self._limit.requests - self.count
+        for leaves_us, tokens in self._leaving_in_order().items():
+            if leaves_us > self.at_us + us:
+                break
+            left += tokens
+        return max(0, left)
+
+    def _leaving_in_order(self) -> dict[int, int]:
+        """See `_leaving`. Not to be changed."""
         leaving = self._leaving
         if leaving is None:
             leaving = {}
@@ -342,13 +369,7 @@ class SlidingWindow(_Window):
                 leaving[leaves_us] = leaving.get(leaves_us, 0) + tokens
             if self.looks > 1:
                 self._leaving = leaving
-        fits_us = self.at_us
-        for leaves_us, tokens in leaving.items():
-            fits_us = leaves_us
-            excess -= tokens
-            if excess <= 0:
-                break
-        return fits_us - self.at_us
+        return leaving
 
     def advance(self, now_us: int) -> None:
         """Drop the slots that are wholly before the period that ends at `now_us`."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-from ratelimit_sidecar.crdt.limit import AnyLimit, Limit, WindowLimit
+from ratelimit_sidecar.crdt.limit import AnyLimit, Limit, Window, WindowLimit
 
 TOKEN: Final = 1_000_000_000
 """One token per second, as a rate."""
@@ -23,8 +23,11 @@ STEPS: Final = 1_000
 
 REPAY_S: Final = 10
 
+_TWO_REPORTS_US: Final = 10 * SECOND_US
+"""From a change of the demand until all Envoys have shares that suit it."""
+
 LEAST_PART: Final = 8
-"""At least 1/8 of a limit can always be shared, so that a debt reported late does not stop all Envoys."""
+"""At least 1/8 of a token bucket can always be shared, so that a debt reported late does not stop all Envoys."""
 
 _MAX_UINT32: Final = 2**32 - 1
 
@@ -101,18 +104,39 @@ def noticeable(previous: Assignment | None, new: Assignment) -> Assignment:
     return new._replace(tokens_per_fill=max(1, new.tokens_per_fill - 1))
 
 
-def within_debt(limit: AnyLimit, rate: int, used: int) -> int:
-    """The rate that may be shared while `used` tokens of a limit are used.
+def within_debt(limit: Limit, rate: int, used: int) -> int:
+    """The rate that may be shared while `used` tokens of a token bucket are used.
 
     It is the whole rate, less what brings the bucket back within `REPAY_S`, or its refill time if that is longer.
-    Envoys get a new share every five seconds, so a shorter time would overshoot. A quarter of a token bucket is left to
-    requests that are decided here. A window needs no correction as long as no more than the limit is used.
+    Envoys get a new share every five seconds, so a shorter time would overshoot. A quarter of the bucket is left to
+    requests that are decided here.
 
     Args:
         used: tokens, those beyond the limit included.
     """
-    kept = limit.capacity - (limit.capacity // 4 if isinstance(limit, Limit) else 0)
+    kept = limit.capacity - limit.capacity // 4
     if used <= kept or not rate:
         return rate
     seconds = max(REPAY_S, limit.capacity * TOKEN // rate)
     return max(rate // LEAST_PART, rate - (used - kept) * TOKEN // seconds)
+
+
+def look_ahead_us(limit: WindowLimit) -> int:
+    """How far ahead `within_window` looks: two reports, or a whole slot of a sliding window, since it leaves all at
+    once. But at most half of the window: if it looks over all of it, it sees nothing of what is used.
+    """
+    slot_us = 1 << limit.exponent if limit.window is Window.SLIDING else 0
+    return min(max(_TWO_REPORTS_US, slot_us), limit.period_us // 2)
+
+
+def within_window(limit: WindowLimit, rate: int, left: int) -> int:
+    """The rate that may be shared while `left` tokens can be taken within `look_ahead_us`.
+
+    It is the whole rate while at least half of what that admits in this time is left. With less it falls to 0. The
+    other half is for the delay of a report: a window may begin with what Envoys admitted five seconds before, and then
+    those alone seem to use more than the limit. Shares cannot follow a window that is shorter than two reports, so
+    there the rate falls less.
+    """
+    half_us = look_ahead_us(limit) // 2
+    missing = rate * half_us - left * TOKEN * SECOND_US
+    return max(0, rate - max(0, missing) // max(_TWO_REPORTS_US // 2, half_us))

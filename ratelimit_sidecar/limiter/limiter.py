@@ -17,6 +17,7 @@ from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.limit import AnyLimit, Limit, Window, WindowLimit
 from ratelimit_sidecar.crdt.store import DEFAULT_MAX_BUCKETS, Store, StoreFull
 from ratelimit_sidecar.crdt.waiting import Waiting
+from ratelimit_sidecar.crdt.window import FixedWindow, SlidingWindow
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 from ratelimit_sidecar.limiter.answer import Decorations, metadata_of_request
 from ratelimit_sidecar.limiter.counts import CountsByRule, counts_of, has_room_for
@@ -273,8 +274,8 @@ class Limiter:
                 step.counts.given_back += self._bucket_at(step, now_us).refund(step.gives_back, now_us)
 
     def quota_step(self, domain: str, entries: Sequence[tuple[str, str]]) -> Step:
-        """The step of a descriptor that an Envoy decides by itself, for `charge` and `used`. It belongs to the current
-        rules.
+        """The step of a descriptor that an Envoy decides by itself, for `charge`, `used` and `left_within`. It belongs
+        to the current rules.
 
         Args:
             entries: texts from `text_of`.
@@ -286,10 +287,17 @@ class Limiter:
         self._bucket_at(step, now_us).take(min(hits, MAX_HITS), now_us, always=True)
 
     def used(self, step: Step, now_us: int) -> int:
-        """Tokens taken, those beyond the limit included."""
+        """Tokens taken of a token bucket, those beyond the limit included."""
         bucket = self._bucket_at(step, now_us)
         bucket.advance(now_us)
         return bucket.limit.capacity - bucket.remaining + bucket.debt
+
+    def left_within(self, step: Step, us: int, now_us: int) -> int:
+        """Tokens of a window that can be taken evenly in the next `us` microseconds."""
+        bucket = self._bucket_at(step, now_us)
+        assert isinstance(bucket, (FixedWindow, SlidingWindow))
+        bucket.advance(now_us)
+        return bucket.left_within(us)
 
     def _bucket_at(self, step: Step, now_us: int) -> Bucket:
         bucket = step.bucket

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import Limit, WindowLimit
 from ratelimit_sidecar.crdt.shares import TOKEN
 from ratelimit_sidecar.crdt.store import StoreFull
-from ratelimit_sidecar.limiter.assignment import ShareBase, within_debt
+from ratelimit_sidecar.limiter.assignment import ShareBase, look_ahead_us, within_debt, within_window
 from ratelimit_sidecar.limiter.fair_shares import Group, fair_level, grouped, rounded_want
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.quota_pool import MAX_RATE, Pool
@@ -86,7 +86,11 @@ class Division:
             assert isinstance(pool.limit, Limit)
             capacity = pool.limit.capacity
             return base.rate * ledger.shares.home(pool.key, capacity, now_us) // (TOKEN * max(1, capacity))
-        return within_debt(pool.limit, base.rate, self._limiter.used(step, self._now_us()))
+        limit, charged_us = pool.limit, self._now_us()
+        if isinstance(limit, WindowLimit):
+            left = self._limiter.left_within(step, look_ahead_us(limit), charged_us)
+            return within_window(limit, base.rate, left)
+        return within_debt(limit, base.rate, self._limiter.used(step, charged_us))
 
     def withhold(self, pool: Pool, base: ShareBase, rate: int, now_us: int) -> int:
         """Withhold the rate that Envoys have in total from the bucket of a strict limit.

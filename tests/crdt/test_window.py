@@ -273,6 +273,14 @@ def test_when_hits_fit_is_what_a_replica_would_say_that_has_just_heard_all(perio
         fresh = sliding(window.limit.capacity, period_us, origin=ELSEWHERE)
         fresh.merge(window.entries(), now_us)
         assert window.retry_after_us(hits) == fresh.retry_after_us(hits)
+        soon_us = hits * period_us // 26
+        assert window.left_within(soon_us) == max(0, window.limit.requests - fresh.fold(now_us + soon_us))
+
+
+def test_of_the_next_fixed_window_an_even_part_is_left_soon() -> None:
+    window = fixed(60)
+    window.take(70, NOW_US + 50 * SECOND_US)
+    assert [window.left_within(within * SECOND_US) for within in (5, 10, 15)] == [0, 0, 5]
 
 
 @pytest.mark.interpreted

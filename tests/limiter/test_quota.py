@@ -309,6 +309,60 @@ def test_a_window_is_paced() -> None:
     assert told.max_tokens == 100
 
 
+@pytest.mark.parametrize("kind", Window)
+@pytest.mark.parametrize("period_s", [10, 60, 600])
+def test_envoys_alone_use_all_of_a_window(period_s: int, kind: Window) -> None:
+    world, _ = of_window(kind, period_s)
+    world.run(1.5 * period_s)
+    assert sum(world.run(period_s)) == pytest.approx(10 * period_s, rel=0.02)
+
+
+@pytest.mark.parametrize("kind", Window)
+@pytest.mark.parametrize("period_s", [60, 600])
+def test_when_calls_have_used_a_window_up_envoys_admit_no_more_until_it_ends(period_s: int, kind: Window) -> None:
+    world, node = of_window(kind, period_s)
+    world.now_us += -world.now_us % (period_s * SECOND_US)
+    world.run(1)
+    assert calls(node, world.now_us, 20 * period_s) > 9 * period_s
+    # From when all have reported until two reports before the end.
+    world.run(6)
+    assert sum(world.run(period_s - 18)) == 0
+    world.run(20)
+    assert rate(world) > 9
+
+
+@pytest.mark.parametrize("kind", Window)
+@pytest.mark.parametrize("seed", range(2))
+def test_envoys_and_calls_exceed_a_window_by_no_more_than_ten_seconds_of_its_rate(seed: int, kind: Window) -> None:
+    world, node = of_window(kind, 60)
+    world.now_us += -world.now_us % (60 * SECOND_US)
+    chance = random.Random(seed)
+    admitted = []
+    for _ in range(240):
+        called = calls(node, world.now_us, chance.choice((0, 0, 0, 0, 5, 20, 600)))
+        admitted.append(called + sum(world.run(1)))
+    begins = range(0, 181, 1 if kind is Window.SLIDING else 60)
+    bursts_of_envoys = 10
+    assert max(sum(admitted[begin : begin + 60]) for begin in begins) <= 600 + 100 + bursts_of_envoys
+
+
+def of_window(kind: Window, period_s: int) -> tuple[World, Node]:
+    """Three Envoys with more requests than a window of ten a second has room for."""
+    limit = WindowLimit(10 * period_s, period_s * SECOND_US, kind)
+    rule = Rule("api.agent", limit, limit.requests, Unit.HOUR)
+    world = World(Rules({DOMAIN: RuleNode(key_only={"agent": RuleNode(rule)})}))
+    node = world.node()
+    for number in range(3):
+        world.envoy(node, 10, phase_us=number * 1_700_000).denies = True
+    return world, node
+
+
+def calls(node: Node, now_us: int, count: int) -> int:
+    """How many of so many calls pass."""
+    asked = make_request({"agent": "ada"})
+    return sum(decide(node.limiter, asked, now_us).overall_code == OK for _ in range(count))
+
+
 def test_of_a_strict_limit_only_the_home_share_is_assigned_and_the_bucket_does_without_it() -> None:
     world = World(RULES)
     node = world.node()
