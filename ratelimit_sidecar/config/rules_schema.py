@@ -240,7 +240,7 @@ class RateLimit(Section):
         None, description="The unit of time, in upper or lower case. A month has 30 days, a year 365."
     )
     requests_per_unit: Annotated[RequestsPerUnit | None, _NEEDED] = Field(
-        None, description="Requests admitted per unit in the long run; 0 denies all."
+        None, description="Requests admitted per unit in the long run; 0 denies all requests but those of 0 hits."
     )
     unlimited: Flag = Field(
         False,
