@@ -450,6 +450,7 @@ async def test_buckets_of_an_envoy_that_is_gone_are_dropped_while_other_tasks_ru
     assert max(before - after for before, after in itertools.pairwise(counts)) < 1_000
 
 
+@pytest.mark.interpreted
 async def test_it_is_logged_once_a_minute_that_there_is_no_room_for_buckets() -> None:
     served = Served()
     served.quotas = served.service.quotas = Quotas(
