@@ -169,6 +169,8 @@ def _configuration(app: ASGIApp, limits: HttpLimits) -> Config:
     return Config(
         app,
         interface="asgi3",
+        # uvicorn does not make it; without it, it would import others to choose from as it begins to serve.
+        http=BoundedConnection,
         ws="none",
         loop="none",
         lifespan="off",
