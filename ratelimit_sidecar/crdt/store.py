@@ -207,9 +207,7 @@ class Store:
         journal = self.journal
         left: Sequence[Entry] = entries
         while True:
-            piece, left = (
-                (left, ()) if len(left) <= RESTORED_ENTRIES else (left[:RESTORED_ENTRIES], left[RESTORED_ENTRIES:])
-            )
+            piece, left = left[:RESTORED_ENTRIES], left[RESTORED_ENTRIES:]
             joined = None
             if sealing is not None:
                 piece = sealing.add(piece)
