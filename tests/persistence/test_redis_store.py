@@ -202,12 +202,17 @@ async def test_a_limit_that_is_full_again_before_the_next_write_is_not_kept(serv
     assert state.status.waiting == 1
 
 
-async def test_what_no_rule_knows_is_left_alone(server: RedisServer) -> None:
+async def write_a_hit(server: RedisServer) -> None:
+    """By a sidecar that ends then."""
     store = make_store(BEFORE)
     state = state_in(server, store)
     async with kept(state):
         hit(state, store)
         await until(lambda: state.status.written == 1)
+
+
+async def test_what_no_rule_knows_is_left_alone(server: RedisServer) -> None:
+    await write_a_hit(server)
     before = await server.names()
     empty = Store(AFTER, Rules({}).replicated_limit_of_key)
     other = state_in(server, empty)
@@ -218,11 +223,7 @@ async def test_what_no_rule_knows_is_left_alone(server: RedisServer) -> None:
 
 
 async def test_what_had_no_rule_at_the_start_is_read_when_its_rule_has_come(server: RedisServer) -> None:
-    store = make_store(BEFORE)
-    state = state_in(server, store)
-    async with kept(state):
-        hit(state, store)
-        await until(lambda: state.status.written == 1)
+    await write_a_hit(server)
     late = Store(AFTER, Rules({}).replicated_limit_of_key)
     other = state_in(server, late)
     async with kept(other):
