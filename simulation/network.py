@@ -4,7 +4,7 @@ Theory of operation. A connection keeps order and loses nothing: a lost packet i
 wait, too. Two connections overtake each other. While the way from A to B is cut, what A sends waits, and so does what
 was on its way; nobody is told. A reset loses what is on its way in both directions, and both ends know when the news
 has come to them. A reader that is slow, or suspended, leaves frames lying; when `window_bytes` lie there or are on
-their way, the writer stops, and gives the peer up after `carrier.WRITE_SECONDS`, as the real one does.
+their way, the writer stops, and gives the peer up after `MeshLimits.write`, as the real one does.
 
 Frames move one event each: it is due when the frame has arrived, the way is free and the reader is. Batches are
 written, and applied, in steps (`replication/pace.py`), and anything may happen between them.

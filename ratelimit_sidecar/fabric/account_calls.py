@@ -21,8 +21,8 @@ from ratelimit_sidecar.fabric.status import DrawStatus
 from ratelimit_sidecar.persistence.redis_record import BadRecord
 from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES
 
-LIFE_US: Final = 60_000_000
-"""Without an answer for so long calls have another name. The server forgets names ten times as old."""
+CALLER_RENEWED_US: Final = 60_000_000
+"""Without an answer for so long calls get another caller id. The server forgets ids ten times as old."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +49,10 @@ class AccountCalls:
         self._room = room
         self._shards = shards
         self._status = status
-        self._life = ""
-        self._life_us = -LIFE_US
-        """When the life began, or sent what was answered last."""
+        self._caller = ""
+        """The caller id: random, and another one after a silence (`CALLER_RENEWED_US`)."""
+        self._caller_us = -CALLER_RENEWED_US
+        """When the caller id began, or sent what was answered last."""
         self._number = self._answered = 0
         self._lineage = b""
         self._version = b""
@@ -75,12 +76,12 @@ class AccountCalls:
 
     def arguments(self, asked: Iterable[Asked], sent_us: int) -> list[bytes | str]:
         """The arguments of `DRAW`. An answer to an earlier call must not be passed to `receive` after this."""
-        if sent_us - self._life_us >= LIFE_US:
-            self._begin_life()
-            self._life_us = sent_us
+        if sent_us - self._caller_us >= CALLER_RENEWED_US:
+            self._renew_caller()
+            self._caller_us = sent_us
         self._number += 1
         arguments: list[bytes | str] = [
-            *(secrets.token_hex(8), self._life, str(self._number), str(self._answered)),
+            *(secrets.token_hex(8), self._caller, str(self._number), str(self._answered)),
             *(self._lineage, self._version, str(-(-self._room.most // self._shards))),
         ]
         for each in asked:
@@ -95,8 +96,8 @@ class AccountCalls:
     def _number_said(self) -> bytes:
         return str(self._number).encode()
 
-    def _begin_life(self) -> None:
-        self._life, self._number, self._answered = secrets.token_hex(8), 0, 0
+    def _renew_caller(self) -> None:
+        self._caller, self._number, self._answered = secrets.token_hex(8), 0, 0
 
     def receive(self, asked: Sequence[Asked], answer: Any, sent_us: int) -> None:
         """Apply the answer to a call.
@@ -106,10 +107,10 @@ class AccountCalls:
         """
         match answer:
             case [bytes(lineage), bytes(version), number, bytes(members)] if number == self._number_said:
-                self._life_us = sent_us
+                self._caller_us = sent_us
                 self._learn(asked, lineage, version, members)
             case [bytes(), int(generation), number, *texts] if len(texts) == len(asked) and number == self._number_said:
-                self._life_us = sent_us
+                self._caller_us = sent_us
                 self._answered = self._number
                 for each, text in zip(asked, texts, strict=True):
                     self._drawn(each, text, generation, sent_us)
@@ -123,7 +124,7 @@ class AccountCalls:
         else:
             self._status.lineages += bool(self._lineage)
             # The server knows of no call of it.
-            self._begin_life()
+            self._renew_caller()
         if version != self._version:
             self._members = read_members(members) if version else []
             self._members_number += 1

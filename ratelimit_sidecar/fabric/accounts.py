@@ -5,7 +5,7 @@ All accounts of a shard are in one hash, `{prefix}:fabric1:{TAG}:strict`, so tha
     @            history lineage clock time
     members      who shares strict limits, as the gateway says (`account_calls.py`); `version` is its SHA-1
     named        epoch clock: of these members, and when they were named
-    lLIFE        number clock: the last call done of that life of a sidecar
+    lCALLER      number clock: the last call done of that caller id (`account_calls.py`)
     bKEY         full generation out former home rate used class: the account of one bucket
     taken        how many accounts there are; `r{CLASS}` those of the rules of a class
 
@@ -47,8 +47,8 @@ MOST_STEP_US: Final = 100_000
 KEPT_US: Final = 60_000_000
 """A full account that nobody called for in this time is dropped."""
 
-LIFE_US: Final = 600_000_000
-"""A life that did not call for so long is forgotten."""
+CALLER_FORGOTTEN_US: Final = 600_000_000
+"""A caller id that did not call for so long is forgotten."""
 
 SHORT_US: Final = 500_000
 MAX_TOLD: Final = 64
@@ -57,7 +57,7 @@ MAX_TOLD: Final = 64
 _BEGIN: Final = (
     NUMBERS
     + f"""
-local MOST_STEP, COUNTED, KEPT, LIFE = {MOST_STEP_US}, {COUNTED_US}, {KEPT_US}, {LIFE_US}
+local MOST_STEP, COUNTED, KEPT, CALLER_FORGOTTEN = {MOST_STEP_US}, {COUNTED_US}, {KEPT_US}, {CALLER_FORGOTTEN_US}
 local RULE_SHARE, SHORT, MAX_TOLD = {RULE_SHARE}, {SHORT_US}, {MAX_TOLD}
 """
     + """
@@ -123,13 +123,13 @@ DRAW: Final = (
     _BEGIN
     + """
 local lineage, clock = begin(ARGV[1])
-local life, call, answered = 'l' .. ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
-local done = tonumber(string.match(redis.call('HGET', key, life) or '0', '^%d+'))
+local caller, call, answered = 'l' .. ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
+local done = tonumber(string.match(redis.call('HGET', key, caller) or '0', '^%d+'))
 if lineage == ARGV[5] and done < answered then lineage, clock = begin_lineage(ARGV[1]) end
 if lineage == ARGV[5] then
   if call <= done then return redis.error_reply('AGAIN this call was done before') end
   -- Also when it is refused below: it must not be done after the caller was told so.
-  redis.call('HSET', key, life, number(call) .. ' ' .. number(clock))
+  redis.call('HSET', key, caller, number(call) .. ' ' .. number(clock))
 end
 local version = redis.call('HGET', key, 'version') or ''
 if lineage ~= ARGV[5] or version ~= ARGV[6] or version == '' then
@@ -199,11 +199,11 @@ for i = 8, #ARGV, 2 do answers[#answers + 1] = draw(ARGV[i], ARGV[i + 1]) end
 return answers
 """
 )
-"""KEYS: the hash, and `short`. ARGV: a lineage if there is none, the life, the number of this call and of its last one
-that was answered, the lineage and the version that it knows, how many accounts there may be; for each bucket its key
-and `home rate generation ends kept back wanted room spared class`. Answers the lineage, the version, the number of the
-call and the members, when nothing was done since the caller knows others; else the lineage, the generation, the number
-of the call, and for each `kept drawn room left`."""
+"""KEYS: the hash, and `short`. ARGV: a lineage if there is none, the caller id, the number of this call and of its last
+one that was answered, the lineage and the version that it knows, how many accounts there may be; for each bucket its
+key and `home rate generation ends kept back wanted room spared class`. Answers the lineage, the version, the number of
+the call and the members, when nothing was done since the caller knows others; else the lineage, the generation, the
+number of the call, and for each `kept drawn room left`."""
 
 BEAT: Final = (
     _BEGIN
@@ -226,7 +226,7 @@ for i = 1, #found[2], 2 do
   local name, kind = found[2][i], string.sub(found[2][i], 1, 1)
   if kind == 'l' then
     local called = tonumber(string.match(found[2][i + 1], '%d+$')) or 0
-    if clock - called > LIFE then redis.call('HDEL', key, name) end
+    if clock - called > CALLER_FORGOTTEN then redis.call('HDEL', key, name) end
   elseif kind == 'b' then
     local account = read_account(found[2][i + 1])
     if account then

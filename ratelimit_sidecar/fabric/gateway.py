@@ -200,7 +200,7 @@ class Gateway:
         store.sweep(self._now_us(), SWEPT_BUCKETS * len(self._keys.shards))
         if store.refused_keys:
             if not self._status.gateway_unshared:
-                _log.warning("gateway_full", buckets=len(store), fix="a greater limits.max_buckets, or fewer keys")
+                _log.warning("gateway_full", buckets=len(store), fix="a greater max_buckets, or fewer keys")
             self._status.gateway_unshared += store.refused_keys
             store.refused_keys = 0
 

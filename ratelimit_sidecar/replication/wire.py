@@ -87,7 +87,7 @@ class Reason(StrEnum):
     REDUNDANT = "redundant"
     """The dialling node reaches the peer under another address already."""
     SUPERSEDED = "superseded"
-    """The peer has restarted and is connected anew."""
+    """A newer stream of the peer takes the place of this one."""
     DRAINING = "draining"
     """This process is shutting down."""
     CLOCK_SET = "clock_set"

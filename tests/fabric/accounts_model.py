@@ -130,15 +130,15 @@ class Shard:
 
     def draw(self, arguments: Sequence[str], history: str, time: int) -> list[Any] | None:
         """`DRAW`; None for a call that was done before."""
-        drawn_lineage, life, number, answered, lineage, version, _, *asked = arguments
+        drawn_lineage, caller, number, answered, lineage, version, _, *asked = arguments
         self._begin(drawn_lineage, history, time)
-        done = self.calls.get(life, 0)
+        done = self.calls.get(caller, 0)
         if lineage == self.lineage and done < int(answered) and not self.broken.believes_the_history:
             self._begin_lineage(drawn_lineage, history, time)
         if lineage == self.lineage:
             if int(number) <= done and not self.broken.believes_late_calls:
                 return None
-            self.calls[life] = int(number)
+            self.calls[caller] = int(number)
         if lineage != self.lineage or version != self.version or not version:
             return [self.lineage.encode(), self.version.encode(), number.encode(), self.members.encode()]
         texts = [self._draw(name, text) for name, text in zip(asked[::2], asked[1::2], strict=True)]

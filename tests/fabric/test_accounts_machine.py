@@ -28,7 +28,7 @@ from ratelimit_sidecar.crdt.draw_policy import draw_needs
 from ratelimit_sidecar.crdt.granted import COUNTED_US, GRANT_US, GrantedBucket, Needs
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.room import Room
-from ratelimit_sidecar.fabric.account_calls import LIFE_US, AccountCalls, Asked, members_text
+from ratelimit_sidecar.fabric.account_calls import CALLER_RENEWED_US, AccountCalls, Asked, members_text
 from ratelimit_sidecar.fabric.accounts import BEAT, DRAW
 from ratelimit_sidecar.fabric.scripts import FabricKeys
 from ratelimit_sidecar.fabric.status import DrawStatus
@@ -423,13 +423,13 @@ def test_a_call_that_was_refused_is_not_done_later() -> None:
 
 
 def test_one_that_nobody_answered_for_long_does_not_empty_the_accounts_of_the_others() -> None:
-    """The server has forgotten its life by then, as if it had lost data."""
+    """The server has forgotten its caller id by then, as if it had lost data."""
     machine = AccountsMachine()
     machine.begin(Limit(100, SECOND_US, 100), (0, 0, 0))
     machine.call("a", 10, 200)
     machine.call("a", 10, 200)
     for _ in range(3):
-        machine.pass_time(LIFE_US // 2)
+        machine.pass_time(CALLER_RENEWED_US // 2)
         machine.send("a", 10, 200)
     machine.server.shard.calls.clear()
     lineage = machine.server.shard.lineage
