@@ -106,7 +106,7 @@ class Fabric:
             self.shards[self._keys.shard_of(bucket.key)].note(bucket, slots, now_us)
 
     def give_up(self) -> None:
-        """End the turn as the gateway, if it is one: another begins, here or elsewhere."""
+        """End the term as the gateway, if it is one: another begins, here or elsewhere."""
         if self._gateway is not None:
             self._gateway.give_up()
 

@@ -59,7 +59,7 @@ MeshOf = Callable[[Store, PaymentExchange | None], Mesh]
 
 
 class _Term:
-    """One turn as the gateway, which lasts as long as the lease with this token."""
+    """One term as the gateway, which lasts as long as the lease with this token."""
 
     def __init__(self, token: int, region: Region, mesh: Mesh, member: RegionalMember | None) -> None:
         self.token = token
@@ -118,7 +118,7 @@ class Gateway:
         self._id = f"{store.origin.node} {secrets.token_hex(8)}"
 
     def give_up(self) -> None:
-        """End the turn as the gateway, if it is one: another begins, here or elsewhere."""
+        """End the term as the gateway, if it is one: another begins, here or elsewhere."""
         self._gives_up = True
 
     def use_rules(self) -> None:

@@ -32,7 +32,7 @@ SWEPT_BUCKETS: Final = 16
 
 
 class RegionalMember:
-    """The member of strict limits that a region is, for one turn of a sidecar as its gateway. Call `beat` at each tick,
+    """The member of strict limits that a region is, for one term of a sidecar as its gateway. Call `beat` at each tick,
     and run `drawing`. The mesh, which is to have `payments`, begins when `is_settled`.
 
     Args:

@@ -24,7 +24,7 @@ STRICT, SHORT = KEYS.shards[1].of_accounts
 
 
 class Gateway:
-    """One turn of it, whose clock is the test's."""
+    """One term of it, whose clock is the test's."""
 
     def __init__(self, server: RedisServer, token: int = 1) -> None:
         self.now_us = 10**12
