@@ -128,8 +128,10 @@ RUDE: Sequence[Callable[[RawConnection], None]] = (
 
 
 class Visitors:
-    """Args:
-    addresses: visited in turn; with `tls:` in front the server speaks TLS there.
+    """Clients that come and go, polite and rude ones in turn. Call `come` for each visit, and read the counts.
+
+    Args:
+        addresses: visited in turn; with `tls:` in front the server speaks TLS there.
     """
 
     def __init__(self, addresses: Sequence[str], seed: int = 1) -> None:

@@ -62,8 +62,10 @@ TRACING = {"OTEL_TRACES_EXPORTER": "otlp", "OTEL_EXPORTER_OTLP_ENDPOINT": "http:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Args:
-    limits: False for one that only answers.
+    """One of the servers that are compared, and the request that each of them is asked.
+
+    Args:
+        limits: False for one that only answers.
     """
 
     server: Server
@@ -180,7 +182,8 @@ def sidecar(servers: Servers, name: str, build: Build, domain: str, key: str) ->
 
 
 def ensure_it_limits(address: str, domain: str, key: str) -> None:
-    """
+    """Check that a server denies too many hits on a key, so that it is measured while it really limits.
+
     Raises:
         click.ClickException: it has no rule for the key, or does not answer.
     """
@@ -196,7 +199,8 @@ def ensure_it_limits(address: str, domain: str, key: str) -> None:
 
 
 def ensure_it_admits(address: str, asked: bytes) -> None:
-    """
+    """Check that a server admits the request that it is to be measured with.
+
     Raises:
         click.ClickException: it denies the request, or does not answer.
     """

@@ -49,9 +49,11 @@ PAGES = ("/metrics", "/buckets", "/rlconfig", "/readyz", "/peers", "/nothing", "
 
 @dataclass(frozen=True, slots=True)
 class Growth:
-    """Args:
-    resident_mb: after each reload.
-    garbage: objects in cycles that nobody refers to any more, by type.
+    """How the memory of a sidecar grew over many reloads.
+
+    Args:
+        resident_mb: after each reload.
+        garbage: objects in cycles that nobody refers to any more, by type.
     """
 
     resident_mb: list[float]

@@ -52,7 +52,8 @@ def measure(server: Server, connections: int, idle_seconds: float) -> Idle:
 
 
 def open_and_close(server: Server, connections: int, idle_seconds: float) -> int:
-    """
+    """Open connections that are each served once and then idle, serve each again, and close them.
+
     Returns:
         the server's resident bytes while all were open.
     """

@@ -53,12 +53,14 @@ def key_of(number: int, owner: str = "") -> bytes:
 
 
 class LightSidecar:
-    """Args:
-    keys: that it draws from.
-    sync: where its gateway listens; None when it is never one.
-    strict: the limit of every key, if it is strict; then it may be the gateway also without `sync`.
-    members: among whom it is divided, this region one of them.
-    admissions: a file to which the time of each is appended, in microseconds of the machine's clock.
+    """A sidecar on a fabric that has no front end. Run its `fabric`, and call `take` for each request.
+
+    Args:
+        keys: that it draws from.
+        sync: where its gateway listens; None when it is never one.
+        strict: the limit of every key, if it is strict; then it may be the gateway also without `sync`.
+        members: among whom it is divided, this region one of them.
+        admissions: a file to which the time of each is appended, in microseconds of the machine's clock.
     """
 
     def __init__(

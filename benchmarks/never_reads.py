@@ -109,7 +109,8 @@ class _Sender:
 
 
 def measure(server: Server, flood: Flood, *, connections: int, patience: float, seconds: float) -> Outcome:
-    """
+    """Flood a server over connections that never read an answer, and ask it on one that does.
+
     Args:
         patience: seconds in which nothing is taken, after which the server has stopped reading.
         seconds: the longest it goes on.

@@ -36,7 +36,8 @@ NOWHERE = f"{HOST}:1"
 
 
 def quota_filter(cluster: str, without_assignment: str) -> dict[str, Any]:
-    """
+    """Envoy's rate limit quota filter, as configuration.
+
     Args:
         without_assignment: what it does then, ALLOW_ALL or DENY_ALL.
     """

@@ -72,8 +72,10 @@ class Rejoin:
 
 
 class Sidecars:
-    """Args:
-    ports: of the two that stay, of the one that rejoins, and of the one that starts alone.
+    """The commands of four sidecars: a mesh of three, one of which rejoins, and one that starts alone.
+
+    Args:
+        ports: of the two that stay, of the one that rejoins, and of the one that starts alone.
     """
 
     def __init__(

@@ -33,7 +33,8 @@ LOADED_AT = "ratelimit_config_last_success_timestamp_seconds"
 
 
 def rules_text(rules: int, generation: int) -> str:
-    """
+    """A rules file of so many rules, each generation of which differs in one limit.
+
     Args:
         rules: how many, at least 1; the first one limits all that is asked for.
         generation: of another one that rule has another limit.

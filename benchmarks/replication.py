@@ -48,12 +48,14 @@ SECONDS = 5
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Args:
-    hits: admitted while it was measured, in all regions; each was told to all other regions.
-    bytes_a_hit: on one link, in both directions, for each hit admitted in one of its two regions.
-    link_bytes_a_second: on one link, both directions together; the mean of all links.
-    entries_a_second: slots of buckets told on one link.
-    cpu_share: of one processor, for one sidecar.
+    """What replication costs at a rate of hits: bytes on the links, and processor time.
+
+    Args:
+        hits: admitted while it was measured, in all regions; each was told to all other regions.
+        bytes_a_hit: on one link, in both directions, for each hit admitted in one of its two regions.
+        link_bytes_a_second: on one link, both directions together; the mean of all links.
+        entries_a_second: slots of buckets told on one link.
+        cpu_share: of one processor, for one sidecar.
     """
 
     buckets: int

@@ -29,7 +29,8 @@ TIMEOUT_MS = 1_000
 
 
 def bootstrap(listeners: Mapping[str, tuple[str, str | None]], upstream: str, admin: str) -> dict[str, Any]:
-    """
+    """The configuration of one Envoy with several listeners, each of which asks another sidecar, or none.
+
     Args:
         listeners: by name, where it listens and the sidecar it asks; None for no filter.
     """

@@ -33,12 +33,14 @@ def stable_order() -> Iterator[None]:
 
 
 class Cluster:
-    """Args:
-    names: of the nodes.
-    network: in place of one of `seed`, `ways` and `window_bytes`.
-    ways: by default 20 ms between any two.
-    dials: for each node, whom it dials; by default everybody else.
-    system_ahead_us: for each node, how far its system clock is ahead when it starts.
+    """Nodes on one simulated network, with what is done to them: start, stop, cut, take. Call `run` to let time pass.
+
+    Args:
+        names: of the nodes.
+        network: in place of one of `seed`, `ways` and `window_bytes`.
+        ways: by default 20 ms between any two.
+        dials: for each node, whom it dials; by default everybody else.
+        system_ahead_us: for each node, how far its system clock is ahead when it starts.
     """
 
     def __init__(

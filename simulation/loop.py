@@ -14,8 +14,10 @@ START_US = 1_790_000_000_000_000
 
 
 class Loop:
-    """Args:
-    order: gives numbers, in whose order is done what is due at one instant; by default in that of being asked for.
+    """An event loop on virtual time: actions with an instant, run in that order. Call `run` to let time pass.
+
+    Args:
+        order: gives numbers, in whose order is done what is due at one instant; by default in that of being asked for.
     """
 
     def __init__(self, order: Callable[[], int] | None = None) -> None:
@@ -26,8 +28,10 @@ class Loop:
         self._soon: deque[Callable[[], None]] = deque()
 
     def at(self, time_us: int, action: Callable[..., None], *args: object) -> None:
-        """Args:
-        time_us: not before now.
+        """Run an action at an instant.
+
+        Args:
+            time_us: not before now.
         """
         heapq.heappush(self._actions, (time_us, self._order(), action, args))
 
@@ -35,8 +39,10 @@ class Loop:
         self.at(self.now_us + delay_us, action, *args)
 
     def every(self, period_us: int, action: Callable[[], None], first_us: int = 0) -> None:
-        """Args:
-        first_us: how long until the first time.
+        """Run an action at an even interval, for ever.
+
+        Args:
+            first_us: how long until the first time.
         """
 
         def run() -> None:

@@ -68,10 +68,12 @@ def between(names: Sequence[str], delay_us: int = 20 * MS, jitter_us: int = 0, l
 
 @dataclass(slots=True)
 class Network:
-    """Args:
-    random: for delays and losses.
-    window_bytes: of a connection, each way; gRPC's flow control window is 64 KiB to begin with.
-    is_proven: nodes show certificates to each other.
+    """The ways between nodes, and the connections and messages on them.
+
+    Args:
+        random: for delays and losses.
+        window_bytes: of a connection, each way; gRPC's flow control window is 64 KiB to begin with.
+        is_proven: nodes show certificates to each other.
     """
 
     loop: Loop

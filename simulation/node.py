@@ -53,9 +53,11 @@ class _Target:
 
 
 class Node:
-    """Args:
-    targets: the nodes that it dials.
-    membership: who shares strict limits.
+    """One life of one sidecar; see above. Call `drain` or `stop` to end it.
+
+    Args:
+        targets: the nodes that it dials.
+        membership: who shares strict limits.
     """
 
     def __init__(

@@ -35,8 +35,10 @@ PROBE_US = 3 * SECOND_US
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Args:
-    converged_us: from the healing to when all nodes held the same.
+    """What one run has come to; equal seeds give equal outcomes.
+
+    Args:
+        converged_us: from the healing to when all nodes held the same.
     """
 
     seed: int
@@ -52,8 +54,10 @@ class Outcome:
 
 
 def run_seed(seed: int, nodes: int = 3, seconds: float = 10, trace: Callable[[str], None] | None = None) -> Outcome:
-    """Args:
-    seconds: of virtual time in which things go wrong, before everything is healed.
+    """Run the schedule of a seed, heal everything, and check all promises.
+
+    Args:
+        seconds: of virtual time in which things go wrong, before everything is healed.
 
     Raises:
         BrokenPromise: with the reason; anything else that is raised is a fault, too.

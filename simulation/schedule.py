@@ -29,8 +29,10 @@ WRONG_AT_START_US = (-3_600 * SECOND_US, -12 * SECOND_US, -12 * SECOND_US, 12 * 
 
 @dataclass(slots=True)
 class Schedule:
-    """Args:
-    allowed_errors: reasons for closing a stream that the faults in here may lead to.
+    """All that happens in one run, drawn from its seed: the cluster, the requests and the faults.
+
+    Args:
+        allowed_errors: reasons for closing a stream that the faults in here may lead to.
     """
 
     seed: int

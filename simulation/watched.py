@@ -48,9 +48,11 @@ _NEVER_US = 1 << 62
 
 
 class Watched(Cluster):
-    """Args:
-    trace: takes a line for everything that happens.
-    options: of `Cluster`.
+    """A cluster whose promises are checked all the time that it runs.
+
+    Args:
+        trace: takes a line for everything that happens.
+        options: of `Cluster`.
     """
 
     def __init__(

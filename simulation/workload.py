@@ -104,8 +104,10 @@ def rules_of(limits: Mapping[str, AnyLimit]) -> Rules:
 
 @dataclass(frozen=True, slots=True)
 class Descriptor:
-    """Args:
-    bucket_key: as every edition of the rules that knows the rule names it.
+    """One descriptor of a request, with the bucket that it takes from.
+
+    Args:
+        bucket_key: as every edition of the rules that knows the rule names it.
     """
 
     rule: str
@@ -121,9 +123,11 @@ class Request:
 
 
 def request(rules: Rules, hits: int, *entries: tuple[str, str]) -> Request:
-    """Args:
-    rules: ones that know every rule.
-    entries: the key and value of each descriptor.
+    """A request of one entry a descriptor, as bytes, with the buckets that it takes from.
+
+    Args:
+        rules: ones that know every rule.
+        entries: the key and value of each descriptor.
     """
     descriptors = []
     for key, value in entries:

@@ -9,7 +9,8 @@ from hypothesis import settings
 
 
 def seeds(few: int, *, thorough: int, nightly: int) -> range:
-    """
+    """The seeds that a test takes under the profile in use.
+
     Args:
         few: those of `make test`.
         thorough: those of `make test-slow`.

@@ -31,17 +31,21 @@ AZURE_RTT_MS = {
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """Args:
-    regions: their names.
-    one_way_us: `one_way_us[a][b]` is the time from region a to region b; the same both ways.
+    """Regions, and how far they are from each other.
+
+    Args:
+        regions: their names.
+        one_way_us: `one_way_us[a][b]` is the time from region a to region b; the same both ways.
     """
 
     regions: tuple[str, ...]
     one_way_us: tuple[tuple[int, ...], ...]
 
     def ways(self, loss_per_mille: int) -> Ways:
-        """Args:
-        loss_per_mille: of all messages.
+        """The ways of a simulated network between these regions.
+
+        Args:
+            loss_per_mille: of all messages.
         """
         return {
             (one, other): Way(self.one_way_us[source][target], loss=loss_per_mille / 1_000)

@@ -17,8 +17,10 @@ _Column = tuple[str, Callable[[Outcomes], str]]
 
 
 def table(scenario: Scenario, outcomes: Iterable[Outcomes]) -> str:
-    """Args:
-    outcomes: of each policy in turn.
+    """One scenario as Markdown: a heading, its facts, and a table with a row for each policy.
+
+    Args:
+        outcomes: of each policy in turn.
     """
     rows = list(outcomes)
     columns = _columns(scenario)

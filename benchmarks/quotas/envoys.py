@@ -84,10 +84,12 @@ class EnvoyBucket:
 
 @dataclass(slots=True)
 class Envoy:
-    """Args:
-    demand: requests a second, by bucket.
-    phase_us: when it reports.
-    random: by which requests come; None where they come evenly.
+    """A simulated Envoy with the quota filter: it asks for assignments, reports, and admits what it is assigned.
+
+    Args:
+        demand: requests a second, by bucket.
+        phase_us: when it reports.
+        random: by which requests come; None where they come evenly.
     """
 
     node: Node | None

@@ -16,8 +16,10 @@ STEP_S: Final = 40
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """Args:
-    phases: of `STEP_S` each, by the number of an Envoy its requests a second from then on.
+    """How much each of some Envoys is asked for, and how that changes.
+
+    Args:
+        phases: of `STEP_S` each, by the number of an Envoy its requests a second from then on.
     """
 
     name: str

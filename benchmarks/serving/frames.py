@@ -67,7 +67,8 @@ def authority(address: str) -> str:
 
 
 def connect(address: str, timeout_seconds: float | None = None) -> socket.socket:
-    """
+    """A socket that is connected to a server, without delay for small writes.
+
     Args:
         address: `host:port` or `unix:/path`.
         timeout_seconds: of this, and of whatever is then done with the socket.

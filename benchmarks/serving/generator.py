@@ -80,9 +80,11 @@ def _body_of_numbers(rule: str, descriptors: int) -> bytes:
 
 @dataclass(slots=True)
 class Answered:
-    """Args:
-    latencies_ns: of each answer, in the order they came.
-    admitted: how many of the answers admit the request; the others deny it, or are an error.
+    """The answers that a generator has got, and how long they took.
+
+    Args:
+        latencies_ns: of each answer, in the order they came.
+        admitted: how many of the answers admit the request; the others deny it, or are an error.
     """
 
     seconds: float

@@ -33,7 +33,8 @@ def in_lock_step(
     headers: Headers = (),
     answer_bytes: int = 0,
 ) -> Figures:
-    """
+    """Measure a server at its best, by h2load; see above.
+
     Args:
         percentiles: by a second, short run, since h2load is slower while it notes each request.
         headers: besides those of gRPC.
@@ -60,7 +61,8 @@ def in_lock_step(
 def when_due(
     server: Server, body: Body, load: Load, rate: float, seconds: float, *, headers: Headers = (), admits: bool = True
 ) -> Figures:
-    """
+    """Measure a server by requests that come one by one at a rate; see above.
+
     Args:
         load: connections, and the most requests under way on each; latency counts from when a request was due all the
             same.

@@ -41,8 +41,10 @@ OWN_STALL = "own stall ms"
 
 
 class StallObserver(StallMonitor):
-    """Args:
-    file: of `_PAGE`, zeroed by who reads it.
+    """A stall monitor that keeps the longest stalls in a file that the benchmark maps, too.
+
+    Args:
+        file: of `_PAGE`, zeroed by who reads it.
     """
 
     def __init__(self, file: Path) -> None:

@@ -39,7 +39,8 @@ class Refused(Exception):
 
 
 class RawConnection:
-    """
+    """A blocking connection to a gRPC server, by which frames are written and answers read as they are.
+
     Args:
         tls: to speak TLS.
         receive_buffer_bytes: of the kernel, about; None for what it chooses.

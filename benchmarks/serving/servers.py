@@ -97,11 +97,13 @@ build_option = click.option(
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """Args:
-    address: where it answers, `host:port` or `unix:/path`.
-    admin: `host:port` of the sidecar's admin server; "" where there is none.
-    process: None for one that somebody else runs.
-    pid: of its process; None when that is not known.
+    """A server under test: where it answers, and the process that it is.
+
+    Args:
+        address: where it answers, `host:port` or `unix:/path`.
+        admin: `host:port` of the sidecar's admin server; "" where there is none.
+        process: None for one that somebody else runs.
+        pid: of its process; None when that is not known.
     """
 
     name: str
@@ -209,8 +211,10 @@ class Servers:
         return server
 
     def empty_handler(self, front_end: str, address: str | None = None) -> Server:
-        """Args:
-        front_end: "h2" or "grpcio".
+        """Start a front end that gives every request the same answer, without a limiter behind it.
+
+        Args:
+            front_end: "h2" or "grpcio".
         """
         address = address or f"{HOST}:{self.ports().grpc}"
         return self.module(
@@ -236,7 +240,8 @@ class Servers:
         build: Build = Build(),
         environment: Mapping[str, str] | None = None,
     ) -> Server:
-        """
+        """Start a sidecar, and do not wait until it answers.
+
         Args:
             config: of sidecar.yaml, besides its name, rules, peers and where it listens.
             rules: the text of a rules file; "" for none.

@@ -59,8 +59,10 @@ class Timed:
 
 
 class CallbackTimes:
-    """Args:
-    clock_ns: processor time of the thread.
+    """Notes how long each of the loop's callbacks took, garbage collections apart. Call `run` in its place.
+
+    Args:
+        clock_ns: processor time of the thread.
     """
 
     def __init__(self, clock_ns: Callable[[], int] = time.thread_time_ns) -> None:

@@ -31,10 +31,12 @@ REGIONS: Final = 'region=~"$region"'
 
 @dataclass(frozen=True)
 class Panel:
-    """Args:
-    kind: time, number, heat, bars, or matrix: of the last values of one query, by region and peer.
-    unit: as Grafana names them.
-    queries: expression and legend.
+    """One panel of a dashboard: what it shows, and how.
+
+    Args:
+        kind: time, number, heat, bars, or matrix: of the last values of one query, by region and peer.
+        unit: as Grafana names them.
+        queries: expression and legend.
     """
 
     title: str

@@ -32,8 +32,10 @@ SECONDS = 600
 
 @dataclass(frozen=True, slots=True)
 class Break:
-    """Args:
-    tests: paths below `tests/`.
+    """A break of one line of the code, and the tests that should find it.
+
+    Args:
+        tests: paths below `tests/`.
     """
 
     file: str

@@ -11,7 +11,7 @@ What lasts how long, and whose it is:
 | era | a sidecar's own count of what it must tell in full (`sharing.py`) | it sees another epoch, or a call failed |
 | lineage | a shard's accounts: a random text (`accounts.py`) | the server may have lost a call |
 | generation | an account: `COUNTED_US` of the lineage's clock (`accounts.py`) | that time is over |
-| caller id | a sidecar's numbered calls to accounts (`account_calls.py`) | it starts, is silent, or sees another lineage |
+| caller id | a sidecar's numbered calls to accounts (`account_calls.py`) | it is silent, or sees another lineage |
 
 The epoch of a *membership* of strict limits (`crdt/shares.py`) is a number in the configuration, and none of these.
 """

@@ -229,7 +229,8 @@ class Regions:
         return all([len(await self.connected(name)) == len(self._by_name) - 1 for name in self._by_name])
 
     async def until(self, condition: Callable[[], Awaitable[bool]], within_s: float = WITHIN_S) -> None:
-        """
+        """Wait until a condition holds.
+
         Raises:
             TimeoutError: it has not come to hold in time.
         """

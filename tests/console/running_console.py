@@ -141,8 +141,10 @@ class Client:
 
 @asynccontextmanager
 async def connect(server: HttpServer, of: str = "127.0.0.1") -> AsyncIterator[Client]:
-    """Args:
-    of: the client's address.
+    """A client that is connected to the console for as long as the context lasts.
+
+    Args:
+        of: the client's address.
     """
     host, _, port = server.address.rpartition(":")
     client = Client(*await asyncio.open_connection(host, int(port), local_addr=(of, 0)))

@@ -46,10 +46,12 @@ class Replica:
 
 @dataclass
 class StrictCluster:
-    """Args:
-    delay_us: one way, at most; drawn anew for each message, and each stream keeps its own order.
-    drift_ppm: how much slower or faster clocks run at most, each drawn from the seed.
-    bucket_type: a test breaks the rule by another one.
+    """Replicas of one strict bucket, the streams between them, and the oracle; see above.
+
+    Args:
+        delay_us: one way, at most; drawn anew for each message, and each stream keeps its own order.
+        drift_ppm: how much slower or faster clocks run at most, each drawn from the seed.
+        bucket_type: a test breaks the rule by another one.
     """
 
     limit: Limit

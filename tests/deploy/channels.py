@@ -28,9 +28,11 @@ SMTP_PASSWORD = "smtp-secret"
 
 @dataclass
 class Message:
-    """Args:
-    channel: mail, pagerduty, telegram, webhook, or of Slack the name of the channel.
-    text: all that a reader is shown.
+    """An alert, as it came through one of the channels.
+
+    Args:
+        channel: mail, pagerduty, telegram, webhook, or of Slack the name of the channel.
+        text: all that a reader is shown.
     """
 
     channel: str

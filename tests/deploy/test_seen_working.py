@@ -122,7 +122,8 @@ class Site:
 def sidecars(
     folder: Path, ports: dict[str, RegionPorts], over: dict[tuple[str, str], int], redis: str
 ) -> list[Command]:
-    """
+    """The commands of all sidecars of this test.
+
     Args:
         over: the port at which the first dials the second, where that is not its own.
         redis: its url.

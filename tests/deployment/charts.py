@@ -33,8 +33,10 @@ class Refused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """Args:
-    text: as `kubectl apply` takes it.
+    """What a chart was rendered to.
+
+    Args:
+        text: as `kubectl apply` takes it.
     """
 
     text: str
@@ -60,7 +62,8 @@ class Rendered:
 def render(
     *files: Path, values: Values | None = None, kubernetes: str = tools.KUBERNETES, chart: Path = CHART
 ) -> Rendered:
-    """
+    """Render a chart as Helm does, with values from files.
+
     Args:
         values: on top of the files'.
         kubernetes: the version that the cluster says it has.
@@ -74,7 +77,8 @@ def render(
 
 
 def lint(*files: Path) -> None:
-    """
+    """Let Helm check the chart with values from files.
+
     Raises:
         Refused: Helm found something.
     """
@@ -83,7 +87,8 @@ def lint(*files: Path) -> None:
 
 
 def helm(*arguments: str) -> str:
-    """
+    """Run Helm, and return what it prints.
+
     Raises:
         Unavailable: there is no Helm in the cache.
         Refused: it failed.

@@ -33,9 +33,11 @@ REGION: Final = "us-east-1"
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """Args:
-    kubeconfig: of somebody who may do everything.
-    port: the API server's.
+    """A Kubernetes API without machines, and how to reach it.
+
+    Args:
+        kubeconfig: of somebody who may do everything.
+        port: the API server's.
     """
 
     kubeconfig: Path
@@ -60,7 +62,8 @@ class Cluster:
 
 @contextmanager
 def cluster(folder: Path) -> Iterator[Cluster]:
-    """
+    """A Kubernetes API for as long as the context lasts: etcd, the API server, its controllers, and kwok for nodes.
+
     Args:
         folder: an empty one, for its data and logs.
 

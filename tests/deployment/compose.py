@@ -88,7 +88,8 @@ class Demo:
         self._limit = _agents_limit()
 
     async def run(self) -> None:
-        """
+        """Go through the whole story: connected regions, one cut off, and led back.
+
         Raises:
             Broken: more or less was admitted than promised, or regions do not find each other.
         """

@@ -41,10 +41,12 @@ _UPSTREAMS: Final = {8_000: "openclaw/rating_api.py", 8_001: "llm-tokens/model.p
 
 @dataclass(frozen=True, slots=True)
 class Gateway:
-    """Args:
-    proxy: of Envoy.
-    console: of the sidecar.
-    admin: gives Envoy's, once it runs.
+    """A region: Envoy Gateway with its Envoy, and a sidecar.
+
+    Args:
+        proxy: of Envoy.
+        console: of the sidecar.
+        admin: gives Envoy's, once it runs.
     """
 
     folder: Path
@@ -64,7 +66,8 @@ class Gateway:
 
 @asynccontextmanager
 async def gateways(folder: Path, regions: Sequence[str]) -> AsyncIterator[dict[str, Gateway]]:
-    """
+    """A gateway in each region, by name, for as long as the context lasts.
+
     Args:
         folder: an empty one.
 

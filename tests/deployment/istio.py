@@ -41,9 +41,11 @@ _SECRETS, _ISTIOD = "sds-grpc", "istiod"
 
 @dataclass(frozen=True, slots=True)
 class Istiod:
-    """Args:
-    xds: where proxies call, without TLS.
-    webhooks: where the API server would call.
+    """A running istiod, which is asked what it would tell a proxy.
+
+    Args:
+        xds: where proxies call, without TLS.
+        webhooks: where the API server would call.
     """
 
     xds: int
@@ -78,7 +80,8 @@ def install(kubernetes: Cluster) -> None:
 
 @asynccontextmanager
 async def istiod(kubernetes: Cluster, folder: Path, children: Children) -> AsyncIterator[Istiod]:
-    """
+    """A running istiod for as long as the context lasts.
+
     Raises:
         Unavailable: it was not built.
     """

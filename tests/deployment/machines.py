@@ -49,7 +49,8 @@ class Machines:
         mounts: Mapping[Path, Path] = MappingProxyType({}),
         environment: Mapping[str, str] = MappingProxyType({}),
     ) -> Child:
-        """
+        """Start a program on a machine, and wait until it answers.
+
         Args:
             name: of its log.
             ready: the port and path that answer 200 over HTTP.
@@ -100,7 +101,8 @@ class Machines:
 
 @asynccontextmanager
 async def machines(folder: Path, names: Sequence[str]) -> AsyncIterator[Machines]:
-    """
+    """Network namespaces that stand for machines, for as long as the context lasts.
+
     Raises:
         Unavailable: no namespaces can be made here.
     """

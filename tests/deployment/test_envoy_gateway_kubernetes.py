@@ -68,8 +68,10 @@ spec: {endpoints: [{ip: {address: 192.0.2.1, port: 8001}}]}
 
 @dataclass(frozen=True, slots=True)
 class Installed:
-    """Args:
-    container: of the Deployment that Envoy Gateway has made.
+    """Envoy Gateway as installed in a cluster, and the Deployment that it made.
+
+    Args:
+        container: of the Deployment that Envoy Gateway has made.
     """
 
     folder: Path

@@ -30,9 +30,11 @@ STABLE_OTELCOL: Final = "1.71.0"
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """Args:
-    version: of the module, without the v.
-    build: into an existing folder, which then holds the programs.
+    """A program of others that tests need, and how it is built.
+
+    Args:
+        version: of the module, without the v.
+        build: into an existing folder, which then holds the programs.
     """
 
     version: str

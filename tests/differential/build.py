@@ -47,9 +47,11 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """Args:
-    service: the program that answers.
-    checker: the program that says whether rules are accepted.
+    """envoyproxy/ratelimit, built.
+
+    Args:
+        service: the program that answers.
+        checker: the program that says whether rules are accepted.
     """
 
     service: Path

@@ -15,10 +15,12 @@ PERIODS = {"HOUR": 3600, "DAY": 86_400, "WEEK": 604_800, "MONTH": 30 * 86_400, "
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Args:
-    file: the rules.
-    joined: see `Generator`.
-    asked: the requests up to the one that the services disagree about.
+    """A rules file, and what was asked until the services disagreed.
+
+    Args:
+        file: the rules.
+        joined: see `Generator`.
+        asked: the requests up to the one that the services disagree about.
     """
 
     file: Mapping[str, Any]

@@ -42,11 +42,14 @@ _MAX_DEPTH: Final = 4
 
 
 class Generator:
-    """Args:
-    random: where choices come from.
-    is_complete: see `Version`.
-    joined: keys and values hold underscores, so that different descriptors look the same where they are joined by one.
-    mixed: rules with metadata may be of those kinds of which envoyproxy/ratelimit forgets them.
+    """Draws rules files, and requests to them.
+
+    Args:
+        random: where choices come from.
+        is_complete: see `Version`.
+        joined: keys and values hold underscores, so that different descriptors look the same where they are joined by
+            one.
+        mixed: rules with metadata may be of those kinds of which envoyproxy/ratelimit forgets them.
     """
 
     def __init__(self, random: Random, *, is_complete: bool, joined: bool, mixed: bool) -> None:
@@ -87,8 +90,10 @@ class Generator:
         return list(found.values())
 
     def _descriptor(self, depth: int, is_forgetful: bool) -> dict[str, Any]:
-        """Args:
-        is_forgetful: metadata below are forgotten by envoyproxy/ratelimit.
+        """Draw a descriptor of a rules file, with those below it.
+
+        Args:
+            is_forgetful: metadata below are forgotten by envoyproxy/ratelimit.
         """
         may_be_starred = self._is_complete and not self._joined
         keys = _STARRED_KEYS if may_be_starred and self._chance(0.05) else self._keys

@@ -86,9 +86,11 @@ REFUSED_THERE: Final[Mapping[str, str]] = {
 
 @dataclass(slots=True)
 class Verdicts:
-    """Args:
-    deliberate: files that one side accepts and the other refuses, by the row of the table.
-    undeclared: such files without a row, with how to see them again.
+    """What both sides have said of odd files.
+
+    Args:
+        deliberate: files that one side accepts and the other refuses, by the row of the table.
+        undeclared: such files without a row, with how to see them again.
     """
 
     files: int = 0
@@ -98,7 +100,8 @@ class Verdicts:
 
 
 def judge(reference: Reference, seed: int, numbers: Iterable[int]) -> Verdicts:
-    """
+    """Let both sides read odd files, and compare what they say.
+
     Args:
         numbers: of the seed's files.
     """

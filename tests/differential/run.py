@@ -62,9 +62,11 @@ class Undeclared:
 
 @dataclass(slots=True)
 class Outcome:
-    """Args:
-    deliberate: disagreements by the row of the table that explains them.
-    undeclared: at most one a file: what follows the first may only follow from it.
+    """What became of the requests that both services were asked.
+
+    Args:
+        deliberate: disagreements by the row of the table that explains them.
+        undeclared: at most one a file: what follows the first may only follow from it.
     """
 
     requests: int = 0
@@ -92,8 +94,10 @@ class Script:
 
 
 def play_round(reference: Reference, seed: int, only: int | None = None) -> Outcome:
-    """Args:
-    only: the number of a file; None for all.
+    """Ask both services the requests of a seed, and compare their answers.
+
+    Args:
+        only: the number of a file; None for all.
     """
     return asyncio.run(_play(reference, seed, only))
 

@@ -20,7 +20,8 @@ START_SECONDS = 30.0
 
 
 def redis_server() -> str:
-    """
+    """The path of a Redis or Valkey server.
+
     Raises:
         Unavailable: there is none.
     """

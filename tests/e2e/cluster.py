@@ -55,7 +55,8 @@ class Cluster:
 async def three_regions(
     folder: Path, rules: str, *, collector: str | None = None, environment: Mapping[str, str] | None = None
 ) -> AsyncIterator[Cluster]:
-    """
+    """The three regions of the demo for as long as the context lasts.
+
     Args:
         folder: an empty one for configs and logs.
         rules: the text of a rules file of the domain `openclaw`.

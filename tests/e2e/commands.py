@@ -16,8 +16,10 @@ ENDS_WITHIN_S = 60.0
 
 
 class RunningCommand:
-    """Args:
-    process: its stdout and stderr are one pipe.
+    """A command that runs, and what it has printed. Wait for what it prints, or for its end.
+
+    Args:
+        process: its stdout and stderr are one pipe.
     """
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:

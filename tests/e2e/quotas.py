@@ -28,7 +28,8 @@ EXAMPLE = ROOT / "examples" / "quotas"
 def envoy_command(
     folder: Path, name: str, ports: RegionPorts, sidecar_port: int, upstream: int, tenants: str = "acme|globex|initech"
 ) -> Command:
-    """
+    """The command of an Envoy with the example's quota filter.
+
     Args:
         upstream: where it answers itself, as the upstream of its other listener.
         tenants: a regular expression for those that have a bucket each.

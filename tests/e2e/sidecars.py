@@ -26,7 +26,8 @@ def sidecar_command(
     ready_path: str = "/readyz",
     listen: Mapping[str, object] | None = None,
 ) -> Command:
-    """
+    """The command of a sidecar, whose configuration this writes.
+
     Args:
         config: of sidecar.yaml, besides its name and where it listens.
         ready_path: what answers 200 once it is up.

@@ -43,7 +43,8 @@ def sidecar(folder: Path, authority: Authority, ports: RegionPorts, front_end: s
 
 
 def envoy(folder: Path, authority: Authority, ports: RegionPorts, upstream: int, name: str) -> Command:
-    """
+    """The command of an Envoy that asks the sidecar over TLS, with a certificate of its own.
+
     Args:
         name: that Envoy's certificate is for.
     """

@@ -91,7 +91,8 @@ async def serving(
     program: Sequence[str] = (),
     config: dict[str, object] | None = None,
 ) -> AsyncIterator[Serving]:
-    """
+    """A sidecar that serves for as long as the context lasts.
+
     Args:
         shell: starts the sidecar, which is its arguments.
         program: what Python runs in place of the sidecar's module.

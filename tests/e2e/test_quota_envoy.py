@@ -112,7 +112,8 @@ SETTLES_S = 10.5
 
 
 def check(rates: Sequence[Rate], fair: Sequence[float]) -> None:
-    """
+    """Check that what Envoys admitted is the limit, and divided fairly.
+
     Args:
         fair: of what is sent when all of it can be sent when it is due.
     """

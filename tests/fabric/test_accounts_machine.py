@@ -90,8 +90,10 @@ class Call:
 
 
 class Server:
-    """Args:
-    clock_us: how far its clock is off.
+    """A Redis server and its replica, each with a model of the accounts.
+
+    Args:
+        clock_us: how far its clock is off.
     """
 
     def __init__(self, broken: Broken) -> None:

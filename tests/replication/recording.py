@@ -71,9 +71,11 @@ class Party(Replicator):
 
 @dataclass(frozen=True)
 class Recording:
-    """Args:
-    frames: of "a", with when each was said.
-    schema: of these frames.
+    """A conversation between two nodes of some version, as it was recorded.
+
+    Args:
+        frames: of "a", with when each was said.
+        schema: of these frames.
     """
 
     protocol: int

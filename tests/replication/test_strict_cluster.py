@@ -28,8 +28,10 @@ PER_SECOND_100 = Limit(100, SECOND_US, 100)
 
 
 class Strict(Watched):
-    """Args:
-    limit: of one bucket, for which all nodes are asked.
+    """A watched cluster with one strict bucket.
+
+    Args:
+        limit: of one bucket, for which all nodes are asked.
     """
 
     def __init__(self, seed: int, names: str, limit: Limit, **options: object) -> None:

@@ -25,8 +25,10 @@ class RecordWriter:
 
     @classmethod
     def shake_hands(cls, connection: socket.socket, context: ssl.SSLContext, folder: Path) -> RecordWriter:
-        """Args:
-        context: the client's; it writes its secrets into the folder.
+        """Do the handshake as a client; returns the writer for what follows it.
+
+        Args:
+            context: the client's; it writes its secrets into the folder.
         """
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.keylog_filename = str(folder / "secrets")

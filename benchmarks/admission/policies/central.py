@@ -18,8 +18,10 @@ STORE = 0
 
 
 class CentralStore(Policy):
-    """Args:
-    fails_open: what becomes of a call without an answer.
+    """The policy of a central store; see above.
+
+    Args:
+        fails_open: what becomes of a call without an answer.
     """
 
     def __init__(self, setup: Setup, *, fails_open: bool) -> None:

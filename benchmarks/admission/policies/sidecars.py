@@ -20,8 +20,10 @@ KEY = "limit"
 
 
 class Sidecars(Policy):
-    """Args:
-    wait_us: how long a request may wait for tokens of other regions.
+    """The sidecar's policy: a whole simulated sidecar in each region, with one rule for all requests.
+
+    Args:
+        wait_us: how long a request may wait for tokens of other regions.
     """
 
     def __init__(self, setup: Setup, consistency: Consistency, wait_us: int = 0) -> None:
