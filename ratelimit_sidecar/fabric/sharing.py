@@ -24,7 +24,7 @@ from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.cycle_collector import young_objects
 from ratelimit_sidecar.fabric.record import OTHERS, counts_of, read_counts, room_for, share_text
 from ratelimit_sidecar.persistence.redis_record import BadRecord
-from ratelimit_sidecar.persistence.write_queue import ALL, join_slots
+from ratelimit_sidecar.persistence.write_queue import Slots, join_slots
 from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES
 
 BATCH_BUCKETS: Final = 64
@@ -85,7 +85,7 @@ class _Shared:
     era: int = -1
     seen: int = 0
     id: bytes = b""
-    waiting: list[int] = field(default_factory=list)
+    waiting: Slots = field(default_factory=list)
     is_urgent: bool = False
     is_refused: bool = False
     has_news: bool = True
@@ -97,7 +97,7 @@ class Ask:
 
     bucket: Bucket
     shared: _Shared
-    told: list[int]
+    told: Slots
     text: bytes
 
 
@@ -193,7 +193,7 @@ class Sharing:
     def resting(self) -> int:
         return len(self._resting)
 
-    def note(self, bucket: Bucket, slots: list[int], now_us: int) -> None:
+    def note(self, bucket: Bucket, slots: Slots, now_us: int) -> None:
         """Keep in mind that own slots of this bucket changed."""
         key = bucket.key
         shared = self._busy.get(key)
@@ -230,14 +230,14 @@ class Sharing:
     def note_own(self, bucket: Bucket, now_us: int) -> None:
         """Have all own counts of this bucket told, and its base, if there are any."""
         # A bucket that is never replicated has no journal.
-        if bucket.journal is None or (bucket.base_to_send is None and not self._own_counts(bucket, ALL)):
+        if bucket.journal is None or (bucket.base_to_send is None and not self._own_counts(bucket, None)):
             return
         shared = self._busy.get(bucket.key) or self._resting.get(bucket.key)
         if shared is None:
             # That is no use of it: it is told, and then forgotten.
-            self.note(bucket, ALL, now_us - FORGET_US)
+            self.note(bucket, None, now_us - FORGET_US)
         else:
-            shared.waiting = join_slots(shared.waiting, ALL)
+            shared.waiting = join_slots(shared.waiting, None)
 
     def tell_again(self) -> None:
         """The server may have lost what it was told: everything of the buckets in use is told and asked for again."""
@@ -292,7 +292,7 @@ class Sharing:
         # The clock may have been set back.
         shared.used_us = min(shared.used_us, now_us)
         unused_us = now_us - shared.used_us
-        if unused_us >= FORGET_US and not shared.waiting and shared.waiting is not ALL:
+        if unused_us >= FORGET_US and shared.waiting == []:
             self._busy.pop(key, None)
             return None
         shared.is_urgent = False
@@ -305,23 +305,23 @@ class Sharing:
             self._busy.pop(key, None)
             (self._busy if is_busy else self._resting)[key] = shared
         if shared.era != self._era or shared.bucket is not bucket:
-            shared.bucket, shared.era, shared.seen, shared.waiting = bucket, self._era, 0, ALL
+            shared.bucket, shared.era, shared.seen, shared.waiting = bucket, self._era, 0, None
             # All that is older than the horizon is then before the base, and so answered with what was taken here.
             bucket.seal(now_us)
         if shared.is_refused:
-            shared.is_refused, shared.waiting = False, ALL
+            shared.is_refused, shared.waiting = False, None
         told, shared.waiting = shared.waiting, []
         room = room_for(bucket, self._store.room.rule_key)
-        is_quiet = not shared.has_news and told is not ALL and not told
+        is_quiet = not shared.has_news and told == []
         own = self._own_counts(bucket, told)
         return Ask(bucket, shared, told, share_text(bucket, room, own, shared.seen, now_us, is_quiet=is_quiet))
 
-    def _own_counts(self, bucket: Bucket, slots: list[int]) -> Mapping[int, int]:
-        if slots is not ALL and self._store.origin is self._origin:
+    def _own_counts(self, bucket: Bucket, slots: Slots) -> Mapping[int, int]:
+        if slots is not None and self._store.origin is self._origin:
             return {slot: tokens for _, slot, tokens in bucket.own_entries(slots)}
-        if slots is ALL or slots:
+        if slots is None or slots:
             # With those of origins from before a step of the clock back.
-            return counts_of(bucket, OTHERS, None if slots is ALL else slots)
+            return counts_of(bucket, OTHERS, slots)
         return {}
 
     def check(self, epoch: object, version: object) -> bool:
@@ -368,7 +368,7 @@ class Sharing:
         else:
             if not shared.seen and bucket.base_to_send is not None:
                 # Redis has not joined its base, as it did not know the slots of others.
-                shared.waiting = ALL
+                shared.waiting = None
             shared.seen = self._version
 
     def refused(self, ask: Ask) -> None:

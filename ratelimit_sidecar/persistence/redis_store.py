@@ -55,7 +55,7 @@ from ratelimit_sidecar.persistence.redis_record import (
     restore_bucket,
 )
 from ratelimit_sidecar.persistence.time_slice import LOOP_SHARE, TimeSlice
-from ratelimit_sidecar.persistence.write_queue import ALL, MAX_WAITING, WriteQueue
+from ratelimit_sidecar.persistence.write_queue import MAX_WAITING, Slots, WriteQueue
 from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES
 from ratelimit_sidecar.replication.parts import in_lists
 from ratelimit_sidecar.telemetry.traces import NoTracer, RequestTracer
@@ -173,7 +173,7 @@ class RedisState:
         self._writing = asyncio.Lock()
         self._back_off = BackOff(FIRST_WAIT_SECONDS, MAX_WAIT_SECONDS) if back_off is None else back_off
 
-    def note(self, changes: Sequence[tuple[Bucket, list[int]]]) -> None:
+    def note(self, changes: Sequence[tuple[Bucket, Slots]]) -> None:
         """Keep in mind that own slots of these buckets changed, to be written by `run`. Does no I/O."""
         if self._store.origin is not self._origin:
             # The clock was set back: slots of the former life are no longer found by their number alone.
@@ -184,7 +184,7 @@ class RedisState:
             if is_worth_keeping(bucket.limit, every_us) and len(bucket.key) <= MAX_KEY_BYTES:
                 self._queue_slots(bucket, slots)
 
-    def _queue_slots(self, bucket: Bucket, slots: list[int]) -> None:
+    def _queue_slots(self, bucket: Bucket, slots: Slots) -> None:
         if not self._waiting.add(bucket, slots):
             self._has_missed = True
 
@@ -336,7 +336,7 @@ class RedisState:
             self._has_missed, self._again = False, self._store.walk()
         every_us = round(self._every_seconds * 1e6)
         time_slice = TimeSlice()
-        batch: dict[bytes, list[int]] = {}
+        batch: dict[bytes, Slots] = {}
         again = self._again
         while again is not None and most > 0:
             bucket = next(again, None)
@@ -349,7 +349,7 @@ class RedisState:
                 and is_worth_keeping(bucket.limit, every_us)
                 and len(bucket.key) <= MAX_KEY_BYTES
             ):
-                batch[bucket.key] = ALL
+                batch[bucket.key] = None
                 most -= 1
             if len(batch) >= BATCH_BUCKETS:
                 await self._write(client, batch)
@@ -358,7 +358,7 @@ class RedisState:
         if batch:
             await self._write(client, batch)
 
-    async def _write(self, client: _Client, batch: dict[bytes, list[int]], *, is_last: bool = False) -> None:
+    async def _write(self, client: _Client, batch: dict[bytes, Slots], *, is_last: bool = False) -> None:
         """Have the server join these buckets, and leave time to others."""
         time_slice = TimeSlice()
         keys, told = [], []
@@ -384,11 +384,12 @@ class RedisState:
             for key, answer in zip(keys, await self._call(self._evaluate(client, JOIN, names, told)), strict=True):
                 if answer in (0, 1):
                     self.status.written += 1
-                    if answer and batch[key] is not ALL:
+                    slots = batch[key]
+                    if answer and slots is not None:
                         # It is new there, or was lost: then more of it may be missing.
                         bucket = self._store.get(key)
-                        if bucket is not None and any(islice(bucket.entries(), len(batch[key]), None)):
-                            self._queue_slots(bucket, ALL)
+                        if bucket is not None and any(islice(bucket.entries(), len(slots), None)):
+                            self._queue_slots(bucket, None)
                     continue
                 self._check(answer)
         if not is_last:
@@ -516,9 +517,9 @@ def _pipeline(client: _Client) -> Pipeline | ClusterPipeline:
     return client.pipeline(transaction=False) if isinstance(client, Redis) else client.pipeline()
 
 
-def entry_lists(bucket: Bucket, slots: list[int]) -> Iterator[list[Entry]]:
+def entry_lists(bucket: Bucket, slots: Slots) -> Iterator[list[Entry]]:
     """The entries to write, in lists of some hundred: those of 250 nodes would take the loop 25 ms."""
-    if slots is not ALL:
+    if slots is not None:
         entries = list(bucket.own_entries(slots))
         if len(entries) == len(slots):
             yield entries

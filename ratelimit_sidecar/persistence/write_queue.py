@@ -22,10 +22,10 @@ MAX_WAITING: Final = 100_000
 MAX_WAITING_SLOTS: Final = 64
 """The most slots of one bucket that wait; of more, all are written or told."""
 
-ALL: Final[list[int]] = []
-"""In place of slots: all that the bucket has, which is told in whole."""
+Slots = list[int] | None
+"""Slots of a bucket; None for all that it has, which is told in whole."""
 
-_Queue = OrderedDict[bytes, list[int]]
+_Queue = OrderedDict[bytes, Slots]
 
 
 class WriteQueue:
@@ -46,7 +46,7 @@ class WriteQueue:
     def __len__(self) -> int:
         return len(self._queue_of)
 
-    def add(self, bucket: Bucket, slots: list[int]) -> bool:
+    def add(self, bucket: Bucket, slots: Slots) -> bool:
         """Note that these slots are to be written; O(slots). False when there is no place for the bucket."""
         key = bucket.key
         before = self._queue_of.get(key)
@@ -61,9 +61,9 @@ class WriteQueue:
         self._queue_of[key] = name
         return True
 
-    def take(self, most: int) -> dict[bytes, list[int]]:
+    def take(self, most: int) -> dict[bytes, Slots]:
         """Remove the next buckets: the one that has waited longest in each queue, in turn. O(`most`)."""
-        taken: dict[bytes, list[int]] = {}
+        taken: dict[bytes, Slots] = {}
         while self._queues and len(taken) < most:
             name, queue = self._queues.popitem(last=False)
             key, slots = queue.popitem(last=False)
@@ -76,7 +76,7 @@ class WriteQueue:
     def _has_place(self, name: tuple[bytes, bool]) -> bool:
         return len(self._queues.get(name, ())) < self._most - len(self._queue_of)
 
-    def _remove(self, key: bytes) -> list[int]:
+    def _remove(self, key: bytes) -> Slots:
         name = self._queue_of.pop(key)
         queue = self._queues[name]
         slots = queue.pop(key)
@@ -93,8 +93,8 @@ def _is_much_taken(bucket: Bucket) -> bool:
     return (capacity - bucket.remaining) * URGENT_SHARE >= capacity
 
 
-def join_slots(known: list[int], slots: list[int]) -> list[int]:
-    """The slots of a bucket that wait, together with more of them; `ALL` when there are too many."""
-    if known is ALL or slots is ALL or len(known) + len(slots) > MAX_WAITING_SLOTS:
-        return ALL
+def join_slots(known: Slots, slots: Slots) -> Slots:
+    """The slots of a bucket that wait, together with more of them; all of it when there are too many."""
+    if known is None or slots is None or len(known) + len(slots) > MAX_WAITING_SLOTS:
+        return None
     return known + [slot for slot in slots if slot not in known]

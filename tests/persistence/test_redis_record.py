@@ -21,7 +21,6 @@ from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.crdt.token_bucket import TokenBucket
 from ratelimit_sidecar.persistence.redis_record import JOIN, READ, BadRecord, entry_lines, join_text, restore_bucket
 from ratelimit_sidecar.persistence.redis_store import entry_lists
-from ratelimit_sidecar.persistence.write_queue import ALL
 from ratelimit_sidecar.replication.wire import MAX_NAME_BYTES
 
 pytestmark = needs_redis
@@ -327,7 +326,7 @@ async def test_what_is_sealed_while_a_bucket_of_many_nodes_is_told_in_steps_coun
     lines: list[str] = []
     sizes = []
     now_us = NOW_US + later_us
-    for entries in entry_lists(bucket, ALL):
+    for entries in entry_lists(bucket, None):
         sizes.append(len(entries))
         lines += entry_lines(entries)
         if len(sizes) == 2:

@@ -27,7 +27,7 @@ from ratelimit_sidecar.persistence.redis_calls import BackOff
 from ratelimit_sidecar.persistence.redis_client import connect, keys
 from ratelimit_sidecar.persistence.redis_record import Keys
 from ratelimit_sidecar.persistence.redis_store import RedisState
-from ratelimit_sidecar.persistence.write_queue import ALL, MAX_WAITING
+from ratelimit_sidecar.persistence.write_queue import MAX_WAITING
 from ratelimit_sidecar.telemetry.traces import WRITE_SPAN, RequestTracer
 
 pytestmark = needs_redis
@@ -259,7 +259,7 @@ async def test_a_bucket_that_cannot_be_encoded_is_left_out_and_all_others_are_wr
     [bad] = store
     bad.merge([Entry(Origin("\ud800", 1), slot_id(NOW_US, bad.limit.exponent), 1)], NOW_US)
     store.drain_changes()
-    state.note([(bad, ALL)])
+    state.note([(bad, None)])
     async with kept(state):
         hit(state, store, "a", 3)
         await until(lambda: state.status.written == 1)

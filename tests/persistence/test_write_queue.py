@@ -11,7 +11,7 @@ from ratelimit_sidecar.crdt.bucket import Bucket, Origin
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.limiter.key import FIXED_WINDOW, KEY_ONLY, KeyEntry, encode_bucket_key, rule_key
-from ratelimit_sidecar.persistence.write_queue import ALL, MAX_WAITING_SLOTS, WriteQueue
+from ratelimit_sidecar.persistence.write_queue import MAX_WAITING_SLOTS, Slots, WriteQueue
 
 LIMIT = Limit(tokens=100, period_us=3_600_000_000, capacity=100)
 
@@ -67,12 +67,12 @@ def test_one_that_has_refilled_while_it_waits_keeps_its_turn(store: Store) -> No
     assert queue.take(2)[late.key] == [1, 2]
 
 
-@pytest.mark.parametrize("slots", [([1], ALL), (ALL, [1])], ids=["later", "before"])
-def test_what_is_to_be_written_in_whole_is(store: Store, slots: tuple[list[int], list[int]]) -> None:
+@pytest.mark.parametrize("slots", [([1], None), (None, [1])], ids=["later", "before"])
+def test_what_is_to_be_written_in_whole_is(store: Store, slots: tuple[Slots, Slots]) -> None:
     queue = WriteQueue(rule_key)
     for each in slots:
         queue.add(bucket(store, "busy"), each)
-    assert [slots is ALL for slots in queue.take(2).values()] == [True]
+    assert [slots is None for slots in queue.take(2).values()] == [True]
 
 
 def test_of_many_slots_all_are_written(store: Store) -> None:
@@ -80,7 +80,7 @@ def test_of_many_slots_all_are_written(store: Store) -> None:
     for slot in range(MAX_WAITING_SLOTS + 1):
         queue.add(bucket(store, "busy", taken=0), [slot])
     queue.add(bucket(store, "busy", taken=0), [7])
-    assert [slots is ALL for slots in queue.take(2).values()] == [True]
+    assert [slots is None for slots in queue.take(2).values()] == [True]
 
 
 added = st.tuples(st.sampled_from("abcdefgh"), st.sampled_from(("user", "org")), st.integers(0, 9), st.integers(1, 3))
