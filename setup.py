@@ -87,11 +87,12 @@ BUILDING = ("bdist_wheel", "build", "build_ext", "install")
 def is_wanted(mode: str, arguments: list[str]) -> bool:
     """Whether the modules are to be compiled in this run.
 
-    Raises SystemExit for a mode that does not exist.
-
     Args:
         mode: of RATELIMIT_SIDECAR_COMPILE.
         arguments: of setup.py; those that only read metadata need not wait for it.
+
+    Raises:
+        SystemExit: there is no such mode.
     """
     if mode not in ("", "0", "1"):
         raise SystemExit(f"RATELIMIT_SIDECAR_COMPILE is {mode!r}, expected 0, 1 or nothing")

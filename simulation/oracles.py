@@ -85,11 +85,12 @@ class EventualOracle:
     def admitted(self, bucket: Bucket, hits: int, true_us: int, spread_us: int) -> None:
         """Note an admission, and check that no more was admitted than what the node had not heard of explains.
 
-        Raises BrokenPromise otherwise.
-
         Args:
             bucket: as the node that admits sees it, just after.
             spread_us: by how much any two clocks have differed at any two moments.
+
+        Raises:
+            BrokenPromise: more was admitted.
         """
         self._bucket.drain(true_us)
         if not self._bucket.deficit:

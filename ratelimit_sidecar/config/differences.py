@@ -103,7 +103,7 @@ ANSWERS: Mapping[str, Difference] = {
         "what one caller is told must not depend on what others asked",
     ),
 }
-"""By a name for the differential test."""
+"""Each by the name that the differential test has for it."""
 
 RULES: Mapping[str, Difference] = {
     "twice-in-a-mapping": Difference(
@@ -191,7 +191,7 @@ RULES: Mapping[str, Difference] = {
         "the grammar of rules is the same in all of them",
     ),
 }
-"""By a name for the differential test."""
+"""Each by the name that the differential test has for it."""
 
 DIFFERENCES: Mapping[str, Difference] = {**ANSWERS, **RULES}
 

@@ -259,7 +259,7 @@ class _Builder:
         """The position where the current document begins."""
         self._open: list[_Frame] = []
         self._anchors: dict[str, _Value | None] = {}
-        """By name; None while the anchored container is still open."""
+        """Anchored values by name; None while the anchored container is still open."""
         self._nodes = 0
 
     def document(self) -> Document:

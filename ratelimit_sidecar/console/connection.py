@@ -54,7 +54,7 @@ class _Wait(Enum):
 
 
 _numbers = count()
-"""Of the connections, in order: uvloop's clock goes by milliseconds, in which several may come."""
+"""Numbers the connections in the order they came: uvloop's clock goes by milliseconds, in which several may come."""
 
 
 class BoundedConnection(H11Protocol):

@@ -78,7 +78,7 @@ class RulesText:
         self._limiter = limiter
         self._one_makes = asyncio.Lock()
         self._generation = -1
-        """Of the rules that the text is of."""
+        """The generation of the rules that the text is of."""
         self._text: list[bytes] = []
 
     async def pieces(self) -> list[bytes]:

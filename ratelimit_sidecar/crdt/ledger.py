@@ -71,7 +71,7 @@ class Ledger:
         self._sweep_order: deque[PaymentPolicy] = deque()
         self._homes = Homes(shares)
         self._tickets: OrderedDict[int, _IssuedTicket] = OrderedDict()
-        """By number, the oldest first."""
+        """Tickets that are not over, by number; the oldest first."""
         self._kept: dict[bytes, int] = {}
         """What purses had when this replica was stopped, by key, until they get it back: see `restore`."""
         self._kept_order: deque[bytes] = deque()

@@ -45,7 +45,7 @@ MAX_FIRST_OF_LIMIT: Final = 4_096
 """The most buckets of one limit that are written or told before all others, since they are nearly used up."""
 
 RESTORED_ENTRIES: Final = 256
-"""Of one bucket, joined in a piece."""
+"""The most entries of one bucket joined in a piece."""
 
 LimitOfKey = Callable[[bytes], AnyLimit | None]
 """The limit of a key that a peer names; None when this replica has no replicated rule for it."""
@@ -85,7 +85,7 @@ class Store:
         self._next_shard = 0
         self.most_slots = SLOTS_A_BUCKET * max_buckets
         self.slots = 0
-        """In token buckets, as of the last pass of `sweep` over all."""
+        """The slots of all token buckets, as of the last pass of `sweep` over all."""
         self.horizon_shift = 0
         """How many times their horizon is halved, because they have too many."""
         self._slots_seen = 0

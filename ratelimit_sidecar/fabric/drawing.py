@@ -38,7 +38,7 @@ LOOKED_BUCKETS: Final = 16 * TICK_BUCKETS
 
 FIRST_WAIT_SECONDS: Final = 0.1
 MAX_WAIT_SECONDS: Final = 1.0
-"""Between two attempts; see `BackOff`. Shorter than grants are."""
+"""The first and the longest wait between two attempts; see `BackOff`. Shorter than grants are."""
 
 LAST_CALLS_SECONDS: Final = 3.0
 """The time for giving back, at a stop."""

@@ -34,7 +34,7 @@ from ratelimit_sidecar.persistence.time_slice import TimeSlice
 
 FIRST_WAIT_SECONDS: Final = 0.1
 MAX_WAIT_SECONDS: Final = 5.0
-"""Between two attempts; see `BackOff`."""
+"""The first and the longest wait between two attempts; see `BackOff`."""
 
 LAST_TICK_SECONDS: Final = 3.0
 """The time for the last tick, at a stop."""

@@ -103,7 +103,7 @@ that it has, so it is told to drop those beyond.
 """
 
 _USAGE_BYTES: Final = 32
-"""Of a report on one bucket, besides its id."""
+"""The bytes of a report on one bucket, besides its id."""
 
 _ABANDONED_AT_ONCE: Final = 512
 _MAX_ABANDONED_BYTES: Final = 1 << 16

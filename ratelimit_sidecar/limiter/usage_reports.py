@@ -73,7 +73,7 @@ class ReportsReader:
         self._least = 1
         """The bytes from there on without which it cannot be read."""
         self.domain = ""
-        """Of the usages returned last; "" as long as none was said."""
+        """The domain of the usages returned last; "" as long as none was said."""
 
     def feed(self, part: bytes) -> None:
         rest = self._fields.raw[self._at :]

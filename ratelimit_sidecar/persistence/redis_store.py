@@ -68,7 +68,7 @@ LAST_WRITE_SECONDS: Final = 3.0
 
 FIRST_WAIT_SECONDS: Final = 0.5
 MAX_WAIT_SECONDS: Final = 30.0
-"""Between two attempts; see `BackOff`."""
+"""The first and the longest wait between two attempts; see `BackOff`."""
 
 BATCH_BUCKETS: Final = 16
 """Buckets written or read by one call: the script takes less than a millisecond for them, and so does the loop."""
@@ -167,7 +167,7 @@ class RedisState:
         self._has_left_out = False
         """Some of what is there has no rule here."""
         self._have_rules_changed = False
-        """Since what is there began to be read."""
+        """Other rules came into force since what is there began to be read."""
         self._unreadable = 0
         self._loading: asyncio.Task[None] | None = None
         self._writing = asyncio.Lock()

@@ -69,7 +69,7 @@ class KeyRoom:
     def __init__(self, most: int = MAX_HELD_BYTES) -> None:
         self.free = most
         self._held = Counter[str]()
-        """By address."""
+        """The bytes held, by address."""
 
     def take(self, address: str, more: int) -> bool:
         """Count more, or less if it is negative. Returns whether the address may hold as much; if not, close the

@@ -42,7 +42,7 @@ class InFlight:
     def __init__(self) -> None:
         self._batches: deque[Batch] = deque()
         self.buckets = self.bytes = 0
-        """In all of them."""
+        """Buckets, and bytes of payload, in all batches."""
         self._acknowledged_us = 0
         self._last_lag_us = 0
 

@@ -35,8 +35,8 @@ MAX_OPEN: Final = 1_024
 """The most asks, and the most wishes, without an answer on one stream."""
 
 MAX_WISHES: Final = (1 << 32) - 1 - MAX_OPEN
-"""On one stream, since their numbers have 32 bits; a tick may make `MAX_OPEN` more. Then the stream begins anew: after
-some weeks in which requests wait all the time."""
+"""The most wishes on one stream, since their numbers have 32 bits; a tick may make `MAX_OPEN` more. Then the stream
+begins anew: after some weeks in which requests wait all the time."""
 
 GIVEN_UP_AT_ONCE: Final = 64
 """The most wishes given up in one step, about 5 us each."""
@@ -327,5 +327,9 @@ class PaymentExchange:
 
 
 def _ticket_number(outbox: PaymentOutbox, number: int) -> int:
-    """The number of a ticket, or of the wish for it, among those of all streams."""
+    """The number of a ticket, or of the wish for it, among those of all streams.
+
+    Wish 5 of this node and wish 5 of the peer on one stream get the same number. They do not meet: bucket and ledger
+    keep what this node wished for and what it set aside for peers apart.
+    """
     return outbox.end << 32 | number

@@ -145,7 +145,7 @@ class Work:
     def __init__(self) -> None:
         self.done = 0
         self.left = PIECE_WORK
-        """Until the piece ends."""
+        """The work left until the piece ends."""
 
     def ends_piece(self, work: int) -> bool:
         """Note some work. True when a piece ends with it."""
@@ -180,7 +180,7 @@ class Summing:
         self.work = Work()
         """What was done in the current round, or the last."""
         self._segment_work = 0
-        """To sum one segment up, as the last round has shown."""
+        """The work of summing one segment up, as the last round has shown."""
         self._segments_a_round = SEGMENTS
         self._done: deque[Round] = deque(maxlen=2)
         self._left: list[_Range] = []

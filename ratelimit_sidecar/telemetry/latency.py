@@ -34,7 +34,7 @@ class Exemplar(NamedTuple):
     trace_id: str
     elapsed_ns: int
     ended_ns: int
-    """Since the epoch."""
+    """When it was answered, in nanoseconds since the epoch."""
 
 
 class LatencyHistogram:

@@ -438,7 +438,7 @@ METRICS: tuple[Definition, ...] = (
         "openclaw_rate_limit_rejections",
         "unknown",
         _OWN_RULE,
-        "Descriptors denied by a rule since start; only rises, and is untyped because of its name.",
+        "Descriptors denied by a rule since start; untyped, since OpenMetrics wants counters to end in `_total`.",
         read_rules(lambda counts: counts.over_limit),
     ),
     Definition(
