@@ -88,9 +88,10 @@ descriptors:
     rate_limit: {unlimited: true}
 """
 
-_GENERATED = (
-    "<!-- Written by `python -m ratelimit_sidecar.config.reference`; edit what it is made from, not this page. -->"
-)
+_GENERATED = "<!-- Written by `python -m ratelimit_sidecar.config.reference` from %s: edit there. -->"
+_OF_CONFIGURATION = _GENERATED % "`config/sidecar_schema.py`"
+_OF_RULES = _GENERATED % "`config/rules_schema.py`"
+_OF_MIGRATION = _GENERATED % "`config/migration.py` and `config/differences.py`"
 
 _CONFIGURATION_INTRO = """\
 `ratelimit-sidecar serve --config sidecar.yaml` reads one YAML file. Every key may be left out, and so may the file.
@@ -216,7 +217,7 @@ def describe_schema() -> str:
 
 
 def configuration_page() -> str:
-    parts = ["# Configuration", _GENERATED, _CONFIGURATION_INTRO.rstrip(), _yaml(CONFIGURATION_EXAMPLE)]
+    parts = ["# Configuration", _OF_CONFIGURATION, _CONFIGURATION_INTRO.rstrip(), _yaml(CONFIGURATION_EXAMPLE)]
     variables, simple = [], []
     for key, field in keys_of(SidecarConfig).items():
         below, source = section_of(field), environment_of(field)
@@ -236,7 +237,7 @@ def configuration_page() -> str:
 
 
 def rules_page() -> str:
-    parts = ["# Rules", _GENERATED, _RULES_INTRO.rstrip(), _yaml(RULES_EXAMPLE)]
+    parts = ["# Rules", _OF_RULES, _RULES_INTRO.rstrip(), _yaml(RULES_EXAMPLE)]
     parts += ["## The file", _table("Key", options_of(RulesFile))]
     parts += ["## A descriptor", _table("Key", options_of(Descriptor))]
     for key, section in (("rate_limit", RateLimit), ("bucket", BucketConfig)):
@@ -255,8 +256,8 @@ def pages() -> Mapping[str, str]:
     return {
         "reference/configuration.md": configuration_page(),
         "reference/rules.md": rules_page(),
-        "reference/envoyproxy-ratelimit.md": reference_page(_GENERATED),
-        "migration-from-envoyproxy-ratelimit.md": migration_page(_GENERATED),
+        "reference/envoyproxy-ratelimit.md": reference_page(_OF_MIGRATION),
+        "migration-from-envoyproxy-ratelimit.md": migration_page(_OF_MIGRATION),
     }
 
 
