@@ -174,11 +174,11 @@ class Ledger:
         bucket.set_home(self.shares.home(key, limit.capacity, now_us), now_us)
         return bucket.withheld
 
-    def tick(self, ends: Mapping[str, int], now_us: int, most: int, longest_key: int) -> dict[str, dict[bytes, Ask]]:
+    def tick(self, streams: Mapping[str, int], now_us: int, most: int, longest_key: int) -> dict[str, dict[bytes, Ask]]:
         """Look at the next `most` active buckets.
 
         Args:
-            ends: by peer that can be asked, this node's end of the stream to it.
+            streams: by peer that can be asked, the number of the stream to it.
             longest_key: the longest key that an ask can have.
 
         Returns:
@@ -187,7 +187,7 @@ class Ledger:
         self._homes.look(now_us)
         self._release_old_tickets(now_us)
         weights = self.shares.membership.weights
-        members = {peer: end for peer, end in ends.items() if weights.get(peer)}
+        members = {peer: stream for peer, stream in streams.items() if weights.get(peer)}
         asks: dict[str, dict[bytes, Ask]] = {}
         for _ in range(min(most, len(self._active))):
             bucket = self._active.popleft()
@@ -220,14 +220,15 @@ class Ledger:
             return None
         return self._all[key].answer(peer, ask, now_us)
 
-    def paid(self, peer: str, end: int, key: bytes, pay: Pay, now_us: int) -> bool:
+    def paid(self, peer: str, stream_number: int, key: bytes, pay: Pay, now_us: int) -> bool:
         """Add a peer's payment for the ask for `key` that is open on that stream.
 
         Returns:
             False if the peer claims to pay more than it can have. Then only what it can have was added.
         """
         policy = self._all[key]
-        is_right = policy.paid(peer, end, pay, self.shares.most(peer, key, policy.bucket.limit.capacity), now_us)
+        most = self.shares.most(peer, key, policy.bucket.limit.capacity)
+        is_right = policy.paid(peer, stream_number, pay, most, now_us)
         queue = self.queues.by_key.get(key)
         if queue is not None:
             queue.serve(now_us, SERVED_AT_ONCE)
@@ -283,10 +284,10 @@ class Ledger:
                 return
             self.release(number, 0, now_us)
 
-    def closed(self, end: int, keys: Iterable[bytes], now_us: int) -> None:
+    def closed(self, stream_number: int, keys: Iterable[bytes], now_us: int) -> None:
         """Free the room of the asks for `keys` that were open on a stream, which is closed."""
         for key in keys:
-            self._all[key].bucket.closed(end, now_us)
+            self._all[key].bucket.closed(stream_number, now_us)
 
     def sweep(self, now_us: int, most: int) -> int:
         """Look at the next `most` buckets and drop those that are full and have no open asks.

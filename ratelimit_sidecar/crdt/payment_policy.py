@@ -107,11 +107,11 @@ class PaymentPolicy:
     bucket: StrictBucket
     _peers: defaultdict[str, _Peer] = field(default_factory=lambda: defaultdict(_Peer))
 
-    def asks(self, ends: Mapping[str, int], now_us: int) -> dict[str, Ask]:
+    def asks(self, streams: Mapping[str, int], now_us: int) -> dict[str, Ask]:
         """The asks to send now, by peer. Room is reserved for each.
 
         Args:
-            ends: by peer that can be reached, this node's end of the stream to it.
+            streams: by peer that can be reached, the number of the stream to it.
         """
         bucket = self.bucket
         bucket.advance(now_us)
@@ -124,10 +124,10 @@ class PaymentPolicy:
         slow_pace_us = max(pace_us, SOON_US) if home < 8 * TOKEN else pace_us
         # What each is likely to have left: at most as much as this replica's home.
         likely: dict[str, int] = {}
-        for peer, end in ends.items():
+        for peer, stream in streams.items():
             payer = self._peers[peer]
             had_nothing = payer.answered_us != NEVER_US and not payer.left
-            if end not in bucket.reserved and now_us - payer.asked_us >= (slow_pace_us if had_nothing else pace_us):
+            if stream not in bucket.reserved and now_us - payer.asked_us >= (slow_pace_us if had_nothing else pace_us):
                 is_known = now_us - payer.answered_us < RECENT_US
                 likely[peer] = min(home, max(payer.left, home >> 5)) if is_known else home
         total, level, demand = sum(likely.values()), max(0, bucket.level) // limit.period_us, bucket.demand
@@ -140,7 +140,7 @@ class PaymentPolicy:
                 grains = min(grains, bucket.credit_of(peer, payer.most))
             amount = grains // limit.period_us
             if amount > home >> 8:
-                bucket.ask(ends[peer], amount)
+                bucket.ask(streams[peer], amount)
                 payer.asked_us = now_us
                 asks[peer] = Ask(amount, level, demand, is_short)
         return asks
@@ -169,11 +169,11 @@ class PaymentPolicy:
         paid = bucket.pay(peer, min(ask.amount, spare))
         return Pay(paid, max(0, level - paid - reserve))
 
-    def paid(self, peer: str, end: int, pay: Pay, most: int, now_us: int) -> bool:
+    def paid(self, peer: str, stream_number: int, pay: Pay, most: int, now_us: int) -> bool:
         """Add a peer's payment; see `StrictBucket.paid`."""
         self.bucket.advance(now_us)
         self.note_left(peer, pay.left, most, now_us)
-        return self.bucket.paid(end, peer, pay.amount, most)
+        return self.bucket.paid(stream_number, peer, pay.amount, most)
 
     def ticket(self, number: int, tokens: int, now_us: int) -> Ticket:
         """Set aside up to `tokens` for requests that wait at a peer, without a reserve: a request that waits there

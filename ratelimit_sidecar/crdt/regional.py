@@ -76,10 +76,10 @@ class RegionalLedger(GrantLedger):
         bucket.note_demand(max(1, limit.tokens * every_us // limit.period_us))
         bucket.denied_us = now_us
 
-    def tick(self, ends: Mapping[str, int], now_us: int, most: int, longest_key: int) -> dict[str, dict[bytes, Ask]]:
+    def tick(self, streams: Mapping[str, int], now_us: int, most: int, longest_key: int) -> dict[str, dict[bytes, Ask]]:
         self._homes.look(now_us)
         weights = self.shares.membership.weights
-        members = {peer: end for peer, end in ends.items() if weights.get(peer)}
+        members = {peer: stream for peer, stream in streams.items() if weights.get(peer)}
         asks: dict[str, dict[bytes, Ask]] = {}
         for _ in range(min(most, len(self._active))):
             # It is left in its place for the calls to the account, which drop it when it is over.

@@ -16,7 +16,7 @@ neither uses nor has room for, it returns.
 Safety depends on this file alone, and on `shares.py`. `payment_policy.py` decides when and how much is asked for and
 paid.
 
-A peer's stream is given here as the number of this node's end of it (`end`, see `replication.payments.PaymentOutbox`).
+A peer's stream is given here as its `stream_number`, this node's own (see `replication.payments.PaymentOutbox`).
 
 Units: amounts, homes among them, are in 2**-32 tokens, a level in *grains*: a token is period_us * 2**32 grains. So
 everything is an integer. Time is microseconds of a clock that never steps.
@@ -119,7 +119,7 @@ class StrictBucket(Bucket):
         self.level = 0
         """L, in grains at `at_us`. Below 0 after denied hits that were charged."""
         self.reserved: dict[int, int] = {}
-        """R: by stream (the number of this node's end of it), the amount asked for on it and not answered yet."""
+        """R: by the number of a stream, the amount asked for on it and not answered yet."""
         self.tickets: dict[int, int] = {}
         """By number, the amount of a ticket that a peer may still use."""
         self.aside = 0
@@ -254,16 +254,16 @@ class StrictBucket(Bucket):
         """The most grains that can be asked for."""
         return self.ceiling - max(0, self.level) - self.room_reserved
 
-    def ask(self, end: int, amount: int) -> None:
+    def ask(self, stream_number: int, amount: int) -> None:
         """Reserve room for an ask. The caller sends it, and later calls `paid` or `closed`.
 
         Args:
-            end: of the stream on which it is sent. No other ask of this bucket may be open on it.
+            stream_number: of the stream on which it is sent. No other ask of this bucket may be open on it.
             amount: more than 0, and no more than there is room for.
         """
-        assert end not in self.reserved
+        assert stream_number not in self.reserved
         assert 0 < amount * self._limit.period_us <= self.room
-        self.reserved[end] = amount
+        self.reserved[stream_number] = amount
 
     def pay(self, peer: str, amount: int) -> int:
         """Take up to `amount` out of the level, to send to a peer; returns how much."""
@@ -273,8 +273,8 @@ class StrictBucket(Bucket):
         self._note_lacking(peer, -amount)
         return amount
 
-    def paid(self, end: int, peer: str, amount: int, most: int) -> bool:
-        """Add the payment that answers the ask open on `end`.
+    def paid(self, stream_number: int, peer: str, amount: int, most: int) -> bool:
+        """Add the payment that answers the ask open on `stream_number`.
 
         Credit the peer at most with what it can have: its home, the refill since, and payments from here.
 
@@ -284,7 +284,7 @@ class StrictBucket(Bucket):
         Returns:
             False if the peer claims more than that, or more than it was asked for.
         """
-        credit, asked = self.credit_of(peer, most), self.reserved.pop(end)
+        credit, asked = self.credit_of(peer, most), self.reserved.pop(stream_number)
         grains = min(amount, asked) * self._limit.period_us
         # If the limit was lowered meanwhile, there may be less room than was reserved.
         added = max(0, min(grains, self.room, credit))
@@ -383,10 +383,10 @@ class StrictBucket(Bucket):
         top = max(self.level, self.ceiling - self.room_reserved)
         self.level = max(self.floor, min(top, self.level + amount * self._limit.period_us))
 
-    def closed(self, end: int, now_us: int) -> None:
+    def closed(self, stream_number: int, now_us: int) -> None:
         """Free the room reserved on a stream: it is closed, so no answer can come."""
         self.advance(now_us)
-        self.reserved.pop(end, None)
+        self.reserved.pop(stream_number, None)
 
     def set_limit(self, limit: AnyLimit, now_us: int) -> None:
         """See `Bucket.set_limit`. The caller must call `set_home` afterwards."""

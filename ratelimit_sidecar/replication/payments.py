@@ -65,11 +65,11 @@ class PaymentOutbox:
     """Frames that one stream has to send for strict limits, and its asks and wishes that have no answer yet.
 
     Args:
-        end: a number for this node's end of the stream; no other stream of this process has it.
+        stream_number: this node's own for the stream; no other stream of this process has it.
     """
 
-    def __init__(self, end: int) -> None:
-        self.end = end
+    def __init__(self, stream_number: int) -> None:
+        self.stream_number = stream_number
         self.open: dict[bytes, int] = {}
         """By key, the times of this node's asks without an answer; oldest first."""
         # Emptied from the front, which a plain dict does in time proportional to what was removed before.
@@ -131,7 +131,7 @@ class PaymentExchange:
         self.refused = 0
         """Asks and wishes of nodes that are no members, and payments of more than a peer can have."""
         self._strict_us = strict_us
-        self._ends = 0
+        self._last_stream_number = 0
         self._tick_due_us = strict_us()
 
     @property
@@ -158,8 +158,8 @@ class PaymentExchange:
 
     def new_outbox(self) -> PaymentOutbox:
         """An outbox for a new stream."""
-        self._ends += 1
-        return PaymentOutbox(self._ends)
+        self._last_stream_number += 1
+        return PaymentOutbox(self._last_stream_number)
 
     def receive_shown(self, peer: str, shown: ShownMembership | None) -> None:
         """Note the membership that a peer shows in its hello; None when the peer has gone, and shows none any more."""
@@ -183,8 +183,10 @@ class PaymentExchange:
             return []
         self._tick_due_us = now_us + TICK_EVERY_US
         most = max(1, TICK_WORK // (4 + len(outboxes)))
-        ends = {peer: outbox.end for peer, outbox in outboxes.items() if len(outbox.open) + most <= MAX_OPEN}
-        asks = self.ledger.tick(ends, now_us, most, MAX_KEY_BYTES)
+        streams = {
+            peer: outbox.stream_number for peer, outbox in outboxes.items() if len(outbox.open) + most <= MAX_OPEN
+        }
+        asks = self.ledger.tick(streams, now_us, most, MAX_KEY_BYTES)
         for peer, wanted in asks.items():
             outboxes[peer].asks.update(wanted)
             outboxes[peer].open.update(dict.fromkeys(wanted, now_us))
@@ -246,7 +248,7 @@ class PaymentExchange:
             # Of no use from a node that is no member: it has not been asked.
             if pay.key in outbox.asks or outbox.open.pop(pay.key, None) is None:
                 raise ProtocolError(Reason.UNEXPECTED, "a payment that answers no ask")
-            self.refused += not self.ledger.paid(peer, outbox.end, pay.key, Pay(pay.amount, pay.left), now_us)
+            self.refused += not self.ledger.paid(peer, outbox.stream_number, pay.key, Pay(pay.amount, pay.left), now_us)
             self.received += pay.amount > 0
         for ask in payments.asks:
             check_key(ask.key)
@@ -270,7 +272,7 @@ class PaymentExchange:
         """The part of `receive` that is about requests that wait: returns, tickets and wishes."""
         ledger = self.ledger
         for back in payments.returns:
-            # It may have expired. The stream's end is in the number, so it is of this peer.
+            # It may have expired. The stream's number is in the ticket's, so it is of this peer.
             ledger.release(_ticket_number(outbox, back.number), back.amount, now_us)
         for ticket in payments.tickets:
             if ticket.number > outbox.last_wish:
@@ -319,7 +321,7 @@ class PaymentExchange:
 
     def closed(self, outbox: PaymentOutbox) -> None:
         """Free the room of an outbox's open asks, and give up its wishes: its stream is closed at this end."""
-        self.ledger.closed(outbox.end, outbox.open, self._strict_us())
+        self.ledger.closed(outbox.stream_number, outbox.open, self._strict_us())
         outbox.open.clear()
         for number, wish in outbox.wished.items():
             self.ledger.queues.by_key[wish.key].give_up(_ticket_number(outbox, number), wish)
@@ -332,4 +334,4 @@ def _ticket_number(outbox: PaymentOutbox, number: int) -> int:
     Wish 5 of this node and wish 5 of the peer on one stream get the same number. They do not meet: bucket and ledger
     keep what this node wished for and what it set aside for peers apart.
     """
-    return outbox.end << 32 | number
+    return outbox.stream_number << 32 | number

@@ -457,13 +457,13 @@ def pairs_of(nodes: str) -> list[str]:
 
 
 class NoReservation(StrictBucket):
-    def ask(self, end: int, amount: int) -> None:
-        super().ask(end, amount)
+    def ask(self, stream_number: int, amount: int) -> None:
+        super().ask(stream_number, amount)
         self.asked_for = amount
-        self.reserved[end] = 0
+        self.reserved[stream_number] = 0
 
-    def paid(self, end: int, peer: str, amount: int, most: int) -> bool:
-        del self.reserved[end]
+    def paid(self, stream_number: int, peer: str, amount: int, most: int) -> bool:
+        del self.reserved[stream_number]
         self.level = min(self.ceiling, self.level + amount * self.limit.period_us)
         return True
 
