@@ -16,7 +16,7 @@ neither uses nor has room for, it returns.
 Safety depends on this file alone, and on `shares.py`. `payment_policy.py` decides when and how much is asked for and
 paid.
 
-A peer's stream is given here as its `stream_number`, this node's own (see `replication.payments.PaymentOutbox`).
+A peer's stream is given here as its `stream_number`, this node's own (see `replication.payments.StreamPayments`).
 
 Units: amounts, homes among them, are in 2**-32 tokens, a level in *grains*: a token is period_us * 2**32 grains. So
 everything is an integer. Time is microseconds of a clock that never steps.

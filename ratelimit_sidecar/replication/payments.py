@@ -61,8 +61,8 @@ _NOTHING: Final = ShownMembership(0, {})
 """Stands for the membership of a peer that shows none: an epoch before the first."""
 
 
-class PaymentOutbox:
-    """Frames that one stream has to send for strict limits, and its asks and wishes that have no answer yet.
+class StreamPayments:
+    """The payment protocol's state of one stream: what is to be sent on it, and what has no answer yet.
 
     Args:
         stream_number: this node's own for the stream; no other stream of this process has it.
@@ -70,16 +70,16 @@ class PaymentOutbox:
 
     def __init__(self, stream_number: int) -> None:
         self.stream_number = stream_number
-        self.open: dict[bytes, int] = {}
+        self.unanswered_asks: dict[bytes, int] = {}
         """By key, the times of this node's asks without an answer; oldest first."""
         # Emptied from the front, which a plain dict does in time proportional to what was removed before.
-        self.asks: OrderedDict[bytes, Ask] = OrderedDict()
+        self.asks_to_send: OrderedDict[bytes, Ask] = OrderedDict()
         self.pays: OrderedDict[bytes, Pay] = OrderedDict()
         self.has_tickets = False
         """True when the peer's version of the protocol has wishes and tickets."""
-        self.wished: OrderedDict[int, Wish] = OrderedDict()
+        self.unanswered_wishes: OrderedDict[int, Wish] = OrderedDict()
         """Wishes without an answer, by number; the oldest first."""
-        self.wishes: deque[pb.Wish] = deque()
+        self.wishes_to_send: deque[pb.Wish] = deque()
         self.tickets: deque[pb.Ticket] = deque()
         self.returns: deque[pb.Return] = deque()
         self.last_wish = 0
@@ -99,12 +99,12 @@ class PaymentOutbox:
         while self.tickets and count < MAX_BATCH:
             payments.tickets.append(self.tickets.popleft())
             count += 1
-        while self.wishes and count < MAX_BATCH and key_bytes < MAX_BATCH_BYTES:
-            wish = self.wishes.popleft()
+        while self.wishes_to_send and count < MAX_BATCH and key_bytes < MAX_BATCH_BYTES:
+            wish = self.wishes_to_send.popleft()
             payments.wishes.append(wish)
             count += 1
             key_bytes += len(wish.key)
-        for pending, written in ((self.pays, frame.payments.pays), (self.asks, frame.payments.asks)):
+        for pending, written in ((self.pays, frame.payments.pays), (self.asks_to_send, frame.payments.asks)):
             while pending and count < MAX_BATCH and key_bytes < MAX_BATCH_BYTES:
                 key, each = pending.popitem(last=False)
                 # The fields have the names of the message's.
@@ -156,10 +156,10 @@ class PaymentExchange:
             payments_received=self.received,
         )
 
-    def new_outbox(self) -> PaymentOutbox:
-        """An outbox for a new stream."""
+    def new_stream(self) -> StreamPayments:
+        """The payments of a new stream."""
         self._last_stream_number += 1
-        return PaymentOutbox(self._last_stream_number)
+        return StreamPayments(self._last_stream_number)
 
     def receive_shown(self, peer: str, shown: ShownMembership | None) -> None:
         """Note the membership that a peer shows in its hello; None when the peer has gone, and shows none any more."""
@@ -169,11 +169,11 @@ class PaymentExchange:
         """While another process has this node's id, of which each member has one home, this one has none."""
         self.ledger.shares.is_id_taken = is_taken
 
-    def tick(self, outboxes: Mapping[str, PaymentOutbox]) -> list[str]:
+    def tick(self, streams: Mapping[str, StreamPayments]) -> list[str]:
         """Ask peers for tokens that are needed here; to be called every 20 ms.
 
         Args:
-            outboxes: by peer that can be asked, the outbox of the stream in use.
+            streams: by peer that can be asked, the stream in use.
 
         Returns:
             The peers to which there is something to send.
@@ -182,52 +182,54 @@ class PaymentExchange:
         if now_us < self._tick_due_us:
             return []
         self._tick_due_us = now_us + TICK_EVERY_US
-        most = max(1, TICK_WORK // (4 + len(outboxes)))
-        streams = {
-            peer: outbox.stream_number for peer, outbox in outboxes.items() if len(outbox.open) + most <= MAX_OPEN
+        most = max(1, TICK_WORK // (4 + len(streams)))
+        numbers = {
+            peer: stream.stream_number
+            for peer, stream in streams.items()
+            if len(stream.unanswered_asks) + most <= MAX_OPEN
         }
-        asks = self.ledger.tick(streams, now_us, most, MAX_KEY_BYTES)
+        asks = self.ledger.tick(numbers, now_us, most, MAX_KEY_BYTES)
         for peer, wanted in asks.items():
-            outboxes[peer].asks.update(wanted)
-            outboxes[peer].open.update(dict.fromkeys(wanted, now_us))
-        return [*asks, *self._wish(outboxes, now_us, most)]
+            streams[peer].asks_to_send.update(wanted)
+            streams[peer].unanswered_asks.update(dict.fromkeys(wanted, now_us))
+        return [*asks, *self._wish(streams, now_us, most)]
 
-    def _wish(self, outboxes: Mapping[str, PaymentOutbox], now_us: int, most: int) -> list[str]:
+    def _wish(self, streams: Mapping[str, StreamPayments], now_us: int, most: int) -> list[str]:
         """Wish for the tokens that requests wait for; returns the peers to which there is something to send."""
-        for outbox in outboxes.values():
-            self._give_up(outbox, now_us)
+        for stream in streams.values():
+            self._give_up(stream, now_us)
         peers = [
             peer
-            for peer, outbox in outboxes.items()
-            if outbox.has_tickets
-            and outbox.last_wish <= MAX_WISHES
-            and len(outbox.wished) + most <= MAX_OPEN
+            for peer, stream in streams.items()
+            if stream.has_tickets
+            and stream.last_wish <= MAX_WISHES
+            and len(stream.unanswered_wishes) + most <= MAX_OPEN
             and self.ledger.shares.is_member(peer)
         ]
         wishes = self.ledger.queues.tick(peers, now_us, most, MAX_KEY_BYTES)
         for peer, wanted in wishes.items():
-            outbox = outboxes[peer]
+            stream = streams[peer]
             for key, tokens in wanted.items():
-                outbox.last_wish += 1
-                self.ledger.queues.by_key[key].policy.bucket.wish(_ticket_number(outbox, outbox.last_wish))
-                outbox.wished[outbox.last_wish] = Wish(peer, key, tokens, now_us)
-                outbox.wishes.append(pb.Wish(number=outbox.last_wish, key=key, tokens=tokens))
+                stream.last_wish += 1
+                self.ledger.queues.by_key[key].policy.bucket.wish(_ticket_number(stream, stream.last_wish))
+                stream.unanswered_wishes[stream.last_wish] = Wish(peer, key, tokens, now_us)
+                stream.wishes_to_send.append(pb.Wish(number=stream.last_wish, key=key, tokens=tokens))
         return list(wishes)
 
-    def _give_up(self, outbox: PaymentOutbox, now_us: int) -> None:
+    def _give_up(self, stream: StreamPayments, now_us: int) -> None:
         """Give up wishes that are too old to be answered."""
-        for _ in range(min(GIVEN_UP_AT_ONCE, len(outbox.wished))):
-            number, wish = next(iter(outbox.wished.items()))
+        for _ in range(min(GIVEN_UP_AT_ONCE, len(stream.unanswered_wishes))):
+            number, wish = next(iter(stream.unanswered_wishes.items()))
             if now_us - wish.at_us <= TICKET_US:
                 return
-            del outbox.wished[number]
-            self.ledger.queues.by_key[wish.key].give_up(_ticket_number(outbox, number), wish)
+            del stream.unanswered_wishes[number]
+            self.ledger.queues.by_key[wish.key].give_up(_ticket_number(stream, number), wish)
 
-    def receive(self, peer: str, payments: pb.Payments, outbox: PaymentOutbox) -> int:
+    def receive(self, peer: str, payments: pb.Payments, stream: StreamPayments) -> int:
         """Apply a frame of a peer.
 
         Args:
-            outbox: of the stream on which the frame came; gets the answers.
+            stream: on which the frame came; gets the answers.
 
         Returns:
             The number of asks and wishes for which there is no strict rule here, or no room.
@@ -243,17 +245,17 @@ class PaymentExchange:
                 Reason.TOO_LARGE, f"{count} asks and payments in a frame; at most {MAX_TAKEN} are taken"
             )
         now_us = self._strict_us()
-        unknown_keys = self._receive_tickets(peer, payments, outbox, now_us)
+        unknown_keys = self._receive_tickets(peer, payments, stream, now_us)
         for pay in payments.pays:
             # Of no use from a node that is no member: it has not been asked.
-            if pay.key in outbox.asks or outbox.open.pop(pay.key, None) is None:
+            if pay.key in stream.asks_to_send or stream.unanswered_asks.pop(pay.key, None) is None:
                 raise ProtocolError(Reason.UNEXPECTED, "a payment that answers no ask")
-            self.refused += not self.ledger.paid(peer, outbox.stream_number, pay.key, Pay(pay.amount, pay.left), now_us)
+            self.refused += not self.ledger.paid(peer, stream.stream_number, pay.key, Pay(pay.amount, pay.left), now_us)
             self.received += pay.amount > 0
         for ask in payments.asks:
             check_key(ask.key)
-            if ask.key in outbox.pays or len(outbox.pays) >= MAX_OPEN:
-                raise ProtocolError(Reason.UNEXPECTED, f"an ask while {len(outbox.pays)} before it are not answered")
+            if ask.key in stream.pays or len(stream.pays) >= MAX_OPEN:
+                raise ProtocolError(Reason.UNEXPECTED, f"an ask while {len(stream.pays)} before it are not answered")
             answer: Pay | None = Pay(0, 0)
             if self.ledger.shares.is_member(peer):
                 asked = Ask(ask.amount, ask.level, ask.demand, ask.is_short)
@@ -264,74 +266,74 @@ class PaymentExchange:
             else:
                 self.refused += 1
             unknown_keys += answer is None
-            outbox.pays[ask.key] = answer = answer or Pay(0, 0)
+            stream.pays[ask.key] = answer = answer or Pay(0, 0)
             self.paid += answer.amount > 0
         return unknown_keys
 
-    def _receive_tickets(self, peer: str, payments: pb.Payments, outbox: PaymentOutbox, now_us: int) -> int:
+    def _receive_tickets(self, peer: str, payments: pb.Payments, stream: StreamPayments, now_us: int) -> int:
         """The part of `receive` that is about requests that wait: returns, tickets and wishes."""
         ledger = self.ledger
         for back in payments.returns:
             # It may have expired. The stream's number is in the ticket's, so it is of this peer.
-            ledger.release(_ticket_number(outbox, back.number), back.amount, now_us)
+            ledger.release(_ticket_number(stream, back.number), back.amount, now_us)
         for ticket in payments.tickets:
-            if ticket.number > outbox.last_wish:
+            if ticket.number > stream.last_wish:
                 raise ProtocolError(Reason.UNEXPECTED, "a ticket that answers no wish")
-            asked, returned = outbox.wished.pop(ticket.number, None), ticket.tokens * TOKEN
+            asked, returned = stream.unanswered_wishes.pop(ticket.number, None), ticket.tokens * TOKEN
             if asked is not None:
                 given = Ticket(min(ticket.tokens, asked.tokens), ticket.left)
-                returned = ledger.accept(_ticket_number(outbox, ticket.number), asked, given, now_us)
-            if ticket.tokens and len(outbox.returns) < MAX_OPEN:
-                outbox.returns.append(pb.Return(number=ticket.number, amount=min(returned, MAX_AMOUNT)))
+                returned = ledger.accept(_ticket_number(stream, ticket.number), asked, given, now_us)
+            if ticket.tokens and len(stream.returns) < MAX_OPEN:
+                stream.returns.append(pb.Return(number=ticket.number, amount=min(returned, MAX_AMOUNT)))
         unknown_keys = 0
         for wish in payments.wishes:
             check_key(wish.key)
-            if wish.number <= outbox.last_received:
-                raise ProtocolError(Reason.UNEXPECTED, f"a wish {wish.number} after wish {outbox.last_received}")
-            outbox.last_received = wish.number
+            if wish.number <= stream.last_received:
+                raise ProtocolError(Reason.UNEXPECTED, f"a wish {wish.number} after wish {stream.last_received}")
+            stream.last_received = wish.number
             if not ledger.shares.is_member(peer):
                 self.refused += 1
                 continue
-            if len(outbox.tickets) >= MAX_OPEN:
+            if len(stream.tickets) >= MAX_OPEN:
                 # The peer does not read. It gives the wish up.
                 continue
             try:
-                answer = ledger.set_aside(_ticket_number(outbox, wish.number), peer, wish.key, wish.tokens, now_us)
+                answer = ledger.set_aside(_ticket_number(stream, wish.number), peer, wish.key, wish.tokens, now_us)
             except ValueError as error:
                 raise ProtocolError(Reason.BAD_KEY, str(error)) from error
             unknown_keys += answer is None
             answer = answer or Ticket(0, 0)
-            outbox.tickets.append(
+            stream.tickets.append(
                 pb.Ticket(number=wish.number, tokens=answer.tokens, left=min(answer.left, MAX_AMOUNT))
             )
         return unknown_keys
 
-    def check_time(self, outbox: PaymentOutbox) -> None:
+    def check_time(self, stream: StreamPayments) -> None:
         """Give up wishes that are too old, and check that the peer answers asks in time.
 
         Raises:
             ProtocolError: stalled, since the room that is reserved for an answer is of no use to anybody; or exhausted.
         """
         now_us = self._strict_us()
-        self._give_up(outbox, now_us)
-        if now_us - next(iter(outbox.open.values()), now_us) > STALL_US:
+        self._give_up(stream, now_us)
+        if now_us - next(iter(stream.unanswered_asks.values()), now_us) > STALL_US:
             raise ProtocolError(Reason.STALLED, f"an ask not answered for {STALL_US // 1_000_000} s")
-        if outbox.last_wish > MAX_WISHES:
+        if stream.last_wish > MAX_WISHES:
             raise ProtocolError(Reason.EXHAUSTED, f"{MAX_WISHES} wishes were made on this stream")
 
-    def closed(self, outbox: PaymentOutbox) -> None:
-        """Free the room of an outbox's open asks, and give up its wishes: its stream is closed at this end."""
-        self.ledger.closed(outbox.stream_number, outbox.open, self._strict_us())
-        outbox.open.clear()
-        for number, wish in outbox.wished.items():
-            self.ledger.queues.by_key[wish.key].give_up(_ticket_number(outbox, number), wish)
-        outbox.wished.clear()
+    def closed(self, stream: StreamPayments) -> None:
+        """Free the room of a stream's unanswered asks, and give up its wishes: it is closed at this end."""
+        self.ledger.closed(stream.stream_number, stream.unanswered_asks, self._strict_us())
+        stream.unanswered_asks.clear()
+        for number, wish in stream.unanswered_wishes.items():
+            self.ledger.queues.by_key[wish.key].give_up(_ticket_number(stream, number), wish)
+        stream.unanswered_wishes.clear()
 
 
-def _ticket_number(outbox: PaymentOutbox, number: int) -> int:
+def _ticket_number(stream: StreamPayments, number: int) -> int:
     """The number of a ticket, or of the wish for it, among those of all streams.
 
     Wish 5 of this node and wish 5 of the peer on one stream get the same number. They do not meet: bucket and ledger
     keep what this node wished for and what it set aside for peers apart.
     """
-    return outbox.stream_number << 32 | number
+    return stream.stream_number << 32 | number

@@ -14,7 +14,7 @@ from ratelimit_sidecar.replication.changes import ChangeLog
 from ratelimit_sidecar.replication.deltas import DeltasReader
 from ratelimit_sidecar.replication.lag import Batch
 from ratelimit_sidecar.replication.outbox import Outbox
-from ratelimit_sidecar.replication.payments import PaymentOutbox
+from ratelimit_sidecar.replication.payments import StreamPayments
 from ratelimit_sidecar.replication.rounds import SETTLE_US, Round
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import Reason
@@ -29,7 +29,7 @@ class Link(Protocol):
     address: str
     is_dialled: bool
     is_paused: bool
-    payment_outbox: PaymentOutbox | None
+    stream_payments: StreamPayments | None
     wake: Callable[[], None]
 
     @property

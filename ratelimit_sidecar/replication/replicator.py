@@ -265,10 +265,10 @@ class Replicator:
         return {peer.node: peer.region for peer in self.peers.values() if peer.streams and peer.is_gateway}
 
     def _ask_for_tokens(self, payments: PaymentExchange) -> None:
-        outboxes = {
-            peer.node: outbox
+        streams = {
+            peer.node: stream
             for peer in self.peers.values()
-            if peer.pays and (outbox := peer.streams[0].payment_outbox) is not None
+            if peer.pays and (stream := peer.streams[0].stream_payments) is not None
         }
-        for node in payments.tick(outboxes):
+        for node in payments.tick(streams):
             self.peers[node].wake()

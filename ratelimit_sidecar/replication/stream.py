@@ -13,7 +13,7 @@ from ratelimit_sidecar.crdt.journal import Refused
 from ratelimit_sidecar.replication.anti_entropy import Exchange
 from ratelimit_sidecar.replication.deltas import DeltasReader
 from ratelimit_sidecar.replication.pace import Steps
-from ratelimit_sidecar.replication.payments import PaymentOutbox
+from ratelimit_sidecar.replication.payments import StreamPayments
 from ratelimit_sidecar.replication.peer import BatchSpan, Peer
 from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.rounds import Round
@@ -54,7 +54,7 @@ class Inbound:
     Args:
         address: of the far end, without its port.
         is_proven: the peer is known to be the node that it says it is (see `DeltasReader`).
-        payment_outbox: of the stream.
+        stream_payments: of the stream.
     """
 
     def __init__(
@@ -66,13 +66,13 @@ class Inbound:
         *,
         address: str,
         is_proven: bool,
-        payment_outbox: PaymentOutbox | None,
+        stream_payments: StreamPayments | None,
     ) -> None:
         self.peer = peer
         self._replicator = replicator
         self._session = session
         self._reader = DeltasReader(origin, is_proven=is_proven, room=replicator.key_room, address=address)
-        self._payment_outbox = payment_outbox
+        self._stream_payments = stream_payments
         self.exchange: Exchange | None = None
         """None once the stream is closed, and with a peer that cannot compare."""
         if session.compares:
@@ -169,9 +169,9 @@ class Inbound:
     def _receive_payments(self, payments: pb.Payments) -> None:
         exchange = self._replicator.payments
         assert exchange is not None
-        assert self._payment_outbox is not None
+        assert self._stream_payments is not None
         refused = exchange.refused
-        self._replicator.unknown_keys += exchange.receive(self.peer.node, payments, self._payment_outbox)
+        self._replicator.unknown_keys += exchange.receive(self.peer.node, payments, self._stream_payments)
         if exchange.refused > refused:
             self.peer.counts.refused[Refused.PAYMENT] += exchange.refused - refused
 
@@ -229,7 +229,7 @@ class Stream:
         self._replicator = replicator
         self._is_proven = is_proven
         self._session = Session(replicator.local, now_us)
-        self.payment_outbox = None if replicator.payments is None else replicator.payments.new_outbox()
+        self.stream_payments = None if replicator.payments is None else replicator.payments.new_stream()
         self._demands_told = 0
         self._inbound: Inbound | None = None
         """From the peer's Hello on, if it was accepted."""
@@ -307,8 +307,8 @@ class Stream:
         """Ping, and close the stream of a dead peer. Call it a few times a second."""
         try:
             self._session.check_time(now_us)
-            if self._replicator.payments is not None and self.payment_outbox is not None:
-                self._replicator.payments.check_time(self.payment_outbox)
+            if self._replicator.payments is not None and self.stream_payments is not None:
+                self._replicator.payments.check_time(self.stream_payments)
         except ProtocolError as error:
             self.fail(error, now_us)
         self.wake()
@@ -367,7 +367,7 @@ class Stream:
         self._leave(why, now_us)
 
     def _take_frame(self, peer: Peer, now_us: int) -> bytes | None:
-        frame = None if self.payment_outbox is None else self.payment_outbox.take_frame()
+        frame = None if self.stream_payments is None else self.stream_payments.take_frame()
         if frame is None:
             frame = self._take_comparison(peer)
         if frame is not None:
@@ -442,10 +442,10 @@ class Stream:
             origin,
             address=address,
             is_proven=is_proven,
-            payment_outbox=self.payment_outbox,
+            stream_payments=self.stream_payments,
         )
-        if self.payment_outbox is not None:
-            self.payment_outbox.has_tickets = self._session.wishes
+        if self.stream_payments is not None:
+            self.stream_payments.has_tickets = self._session.wishes
         replicator.connections.join(self, peer, who)
         if replicator.payments is not None:
             replicator.payments.receive_shown(peer.node, who.membership)
@@ -456,8 +456,8 @@ class Stream:
         peer, self.peer = self.peer, None
         if self._inbound is not None:
             self._inbound.close()
-        if self._replicator.payments is not None and self.payment_outbox is not None:
-            self._replicator.payments.closed(self.payment_outbox)
+        if self._replicator.payments is not None and self.stream_payments is not None:
+            self._replicator.payments.closed(self.stream_payments)
         if peer is not None:
             if peer.streams == [self]:
                 self._replicator.sync.lose(peer)

@@ -12,7 +12,7 @@ from ratelimit_sidecar.crdt.strict import HOLD_US, TICKET_US, StrictBucket
 from ratelimit_sidecar.crdt.waiting import Outcome, Waiting, Wish
 from ratelimit_sidecar.mesh_status import MembershipStatus
 from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES
-from ratelimit_sidecar.replication.payments import MAX_OPEN, MAX_WISHES, TICK_EVERY_US, PaymentExchange, PaymentOutbox
+from ratelimit_sidecar.replication.payments import MAX_OPEN, MAX_WISHES, TICK_EVERY_US, PaymentExchange, StreamPayments
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import ProtocolError, Reason
 
@@ -27,8 +27,8 @@ class Node:
         self.strict_us = NOW_US
         self.ledger = ledger_of(name, PAIR, started_us)
         self.payments = PaymentExchange(self.ledger, lambda: self.strict_us)
-        self.outbox = self.payments.new_outbox()
-        self.outbox.has_tickets = True
+        self.stream = self.payments.new_stream()
+        self.stream.has_tickets = True
 
     def bucket(self, key: bytes = KEY) -> StrictBucket:
         return self.ledger.bucket(key, PER_PLAN, self.strict_us)
@@ -48,16 +48,16 @@ class Node:
         return waiting
 
     def asks(self, peer: str = "b") -> pb.Payments:
-        self.payments.tick({peer: self.outbox})
-        return said_by(self.outbox)
+        self.payments.tick({peer: self.stream})
+        return said_by(self.stream)
 
     def receive(self, peer: str, payments: pb.Payments) -> pb.Payments:
-        self.payments.receive(peer, payments, self.outbox)
-        return said_by(self.outbox)
+        self.payments.receive(peer, payments, self.stream)
+        return said_by(self.stream)
 
 
-def said_by(outbox: PaymentOutbox) -> pb.Payments:
-    frame = outbox.take_frame()
+def said_by(stream: StreamPayments) -> pb.Payments:
+    frame = stream.take_frame()
     return pb.Payments() if frame is None else frame.payments
 
 
@@ -92,7 +92,7 @@ def test_no_more_asks_are_open_than_a_stream_may_have() -> None:
     for _ in range(100):
         a.strict_us += TICK_EVERY_US
         a.asks()
-    assert MAX_OPEN - 100 < len(a.outbox.open) <= MAX_OPEN
+    assert MAX_OPEN - 100 < len(a.stream.unanswered_asks) <= MAX_OPEN
 
 
 def test_only_members_are_asked() -> None:
@@ -111,8 +111,8 @@ def test_a_key_too_long_for_a_peer_is_not_sent() -> None:
 def test_a_peer_that_asks_for_what_no_strict_rule_knows_is_told_that_there_is_nothing() -> None:
     b = Node("b")
     asks = [pb.Ask(key=key_of("x", "nobody", ELSEWHERE), amount=4), pb.Ask(key=key_of("ann"), amount=1)]
-    assert b.payments.receive("a", pb.Payments(asks=asks), b.outbox) == 2
-    assert list(said_by(b.outbox).pays) == [pb.Pay(key=ask.key) for ask in asks]
+    assert b.payments.receive("a", pb.Payments(asks=asks), b.stream) == 2
+    assert list(said_by(b.stream).pays) == [pb.Pay(key=ask.key) for ask in asks]
     assert b.payments.status().payments_sent == 0
 
 
@@ -141,18 +141,18 @@ def test_an_ask_that_names_no_bucket_is_refused(key: bytes) -> None:
 
 def test_an_ask_before_the_one_before_it_is_answered_is_refused() -> None:
     b = Node("b")
-    b.payments.receive("a", ask_for(1), b.outbox)
+    b.payments.receive("a", ask_for(1), b.stream)
     with pytest.raises(ProtocolError) as caught:
-        b.payments.receive("a", ask_for(1), b.outbox)
+        b.payments.receive("a", ask_for(1), b.stream)
     assert caught.value.reason is Reason.UNEXPECTED
 
 
 def test_nothing_is_kept_for_a_peer_that_does_not_read_the_answers() -> None:
     b = Node("b")
     for index in range(MAX_OPEN):
-        b.payments.receive("a", ask_for(1, key_of(f"{index}", "plan")), b.outbox)
+        b.payments.receive("a", ask_for(1, key_of(f"{index}", "plan")), b.stream)
     with pytest.raises(ProtocolError) as caught:
-        b.payments.receive("a", ask_for(1), b.outbox)
+        b.payments.receive("a", ask_for(1), b.stream)
     assert caught.value.reason is Reason.UNEXPECTED
     assert len(b.ledger) == MAX_OPEN
 
@@ -222,7 +222,7 @@ def test_who_waits_is_served_from_a_ticket_that_a_peer_sends() -> None:
 def test_a_peer_that_knows_of_no_wishes_is_not_wished_of() -> None:
     a = Node()
     a.wait()
-    a.outbox.has_tickets = False
+    a.stream.has_tickets = False
     assert not a.asks().wishes
 
 
@@ -232,11 +232,11 @@ def test_a_wish_that_is_not_answered_is_given_up_after_a_second_and_a_later_tick
     assert a.asks().wishes
     a.ledger.queues.leave(waiting, Outcome.EXPIRED, a.strict_us)
     a.strict_us += TICKET_US
-    a.payments.check_time(a.outbox)
-    assert a.outbox.wished
+    a.payments.check_time(a.stream)
+    assert a.stream.unanswered_wishes
     a.strict_us += 1
-    a.payments.check_time(a.outbox)
-    assert not a.outbox.wished
+    a.payments.check_time(a.stream)
+    assert not a.stream.unanswered_wishes
     assert list(a.receive("b", pb.Payments(tickets=[pb.Ticket(number=1, tokens=1)])).returns) == [
         pb.Return(number=1, amount=TOKEN)
     ]
@@ -247,7 +247,7 @@ def test_wishes_end_with_their_stream() -> None:
     a.ledger.queues.leave(a.wait(), Outcome.EXPIRED, a.strict_us)
     waiting = a.wait()
     assert a.asks().wishes
-    a.payments.closed(a.outbox)
+    a.payments.closed(a.stream)
     assert not a.bucket().wishes
     a.ledger.queues.leave(waiting, Outcome.EXPIRED, a.strict_us)
     assert a.ledger.queues.by_key[KEY].is_over
@@ -256,20 +256,20 @@ def test_wishes_end_with_their_stream() -> None:
 def test_no_more_wishes_are_open_than_a_stream_may_have() -> None:
     a = Node()
     for _ in range(2 * MAX_OPEN):
-        a.outbox.last_wish += 1
-        a.outbox.wished[a.outbox.last_wish] = Wish("b", KEY, 1, a.strict_us)
+        a.stream.last_wish += 1
+        a.stream.unanswered_wishes[a.stream.last_wish] = Wish("b", KEY, 1, a.strict_us)
     a.wait()
     assert not a.asks().wishes
 
 
 def test_a_stream_on_which_there_are_no_numbers_left_for_wishes_is_closed_and_not_wished_on() -> None:
     a = Node()
-    a.outbox.last_wish = MAX_WISHES
+    a.stream.last_wish = MAX_WISHES
     a.wait()
-    a.payments.check_time(a.outbox)
+    a.payments.check_time(a.stream)
     assert [wish.number for wish in a.asks().wishes] == [MAX_WISHES + 1]
     with pytest.raises(ProtocolError) as caught:
-        a.payments.check_time(a.outbox)
+        a.payments.check_time(a.stream)
     assert caught.value.reason is Reason.EXHAUSTED
     a.strict_us += TICK_EVERY_US
     a.wait(9)
@@ -313,8 +313,8 @@ def test_wishes_must_be_numbered_upwards() -> None:
 def test_a_wish_for_what_no_strict_rule_knows_or_of_no_member_gets_nothing() -> None:
     b = Node("b")
     wish = pb.Wish(number=1, key=key_of("x", "nobody", ELSEWHERE), tokens=1)
-    assert b.payments.receive("a", pb.Payments(wishes=[wish]), b.outbox) == 1
-    assert list(said_by(b.outbox).tickets) == [pb.Ticket(number=1)]
+    assert b.payments.receive("a", pb.Payments(wishes=[wish]), b.stream) == 1
+    assert list(said_by(b.stream).tickets) == [pb.Ticket(number=1)]
     assert not b.receive("stranger", pb.Payments(wishes=[pb.Wish(number=2, key=KEY, tokens=1)])).tickets
     assert (b.payments.refused, b.bucket().remaining) == (1, 50)
 
@@ -322,13 +322,13 @@ def test_a_wish_for_what_no_strict_rule_knows_or_of_no_member_gets_nothing() -> 
 def test_no_tickets_are_kept_for_a_peer_that_does_not_read_them() -> None:
     b = Node("b")
     for number in range(2 * MAX_OPEN):
-        b.payments.receive("a", pb.Payments(wishes=[pb.Wish(number=number + 1, key=KEY)]), b.outbox)
-    assert len(b.outbox.tickets) == MAX_OPEN
+        b.payments.receive("a", pb.Payments(wishes=[pb.Wish(number=number + 1, key=KEY)]), b.stream)
+    assert len(b.stream.tickets) == MAX_OPEN
 
 
 def test_what_is_returned_on_another_stream_frees_nothing() -> None:
     b = Node("b")
     b.receive("a", pb.Payments(wishes=[pb.Wish(number=1, key=KEY, tokens=5)]))
-    other = b.payments.new_outbox()
+    other = b.payments.new_stream()
     b.payments.receive("c", pb.Payments(returns=[pb.Return(number=1, amount=5 * TOKEN)]), other)
     assert b.bucket().aside == 5 * TOKEN
