@@ -221,7 +221,7 @@ async def crowded(turn_ms: float, seconds: float) -> Figures:
     crowd = Crowd(turn_ms, taking.take)
     running: list[asyncio.Task[object]] = [asyncio.create_task(mesh.run())]
     running += [
-        asyncio.create_task(mesh._carried.carry(peer, peer.origin.node, None, None, mesh._dialler)) for peer in peers
+        asyncio.create_task(mesh._open_streams.run(peer, peer.origin.node, None, None, mesh._dialler)) for peer in peers
     ]
     try:
         async with asyncio.timeout(60):

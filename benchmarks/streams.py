@@ -26,7 +26,7 @@ from benchmarks.serving.requests import RULES
 from benchmarks.serving.rounds import Figures, alternate, print_results, round_options
 from benchmarks.serving.servers import running_servers, wait_until
 from ratelimit_sidecar.demo.ports import HOST
-from ratelimit_sidecar.replication.carrier import METHOD, OPTIONS
+from ratelimit_sidecar.replication.stream_io import METHOD, OPTIONS
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import PROTOCOL
 

@@ -16,12 +16,12 @@ from ratelimit_sidecar.crdt.waiting import Outcome, Waiting
 from ratelimit_sidecar.limiter.key import rule_key
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.rules import Consistency, Rules
-from ratelimit_sidecar.replication.carrier import CHECK_TIME_SECONDS
 from ratelimit_sidecar.replication.limits import DEFAULT_LIMITS
 from ratelimit_sidecar.replication.payments import PaymentExchange
 from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.session import LocalNode
 from ratelimit_sidecar.replication.stream import Stream
+from ratelimit_sidecar.replication.stream_io import CHECK_TIME_SECONDS
 from ratelimit_sidecar.replication.wire import Reason
 from simulation.clock import NodeClock
 from simulation.loop import MS, SECOND_US

@@ -46,8 +46,8 @@ from benchmarks.admission.demand import Request
 from benchmarks.admission.links import Cut
 from benchmarks.admission.policies.policy import FLUSH_US
 from ratelimit_sidecar.crdt.limit import Limit
-from ratelimit_sidecar.replication.carrier import CHECK_TIME_SECONDS
 from ratelimit_sidecar.replication.limits import DEFAULT_LIMITS
+from ratelimit_sidecar.replication.stream_io import CHECK_TIME_SECONDS
 from simulation.network import STEP_US
 
 AGAIN_US = int((DEFAULT_LIMITS.connect + DEFAULT_LIMITS.most_redial + CHECK_TIME_SECONDS) * 1_000_000)

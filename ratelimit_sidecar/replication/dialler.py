@@ -18,13 +18,13 @@ import structlog
 from tenacity import AsyncRetrying, RetryCallState, retry_if_result, wait_random_exponential
 
 from ratelimit_sidecar.crdt.bucket import Origin
-from ratelimit_sidecar.replication.carrier import METHOD, OPTIONS, Call
 from ratelimit_sidecar.replication.limits import MeshLimits
 from ratelimit_sidecar.replication.peer import Peer
 from ratelimit_sidecar.replication.progress import Progress
 from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.resolver import Resolver
 from ratelimit_sidecar.replication.stream import Stream
+from ratelimit_sidecar.replication.stream_io import METHOD, OPTIONS, Call
 from ratelimit_sidecar.replication.targets import Name, Target, Targets, host_of, port_of
 from ratelimit_sidecar.replication.tls import NodeCertificate, PeerCertificate, UntrustedError
 from ratelimit_sidecar.replication.wire import FAULTLESS, ProtocolError, Reason
@@ -161,7 +161,7 @@ class Dialler:
             _log.info("peer_address_gone", address=target.address, peer=target.node)
             self._dialling.pop(target).cancel()
             if not self.targets.leads_to(target.node):
-                self._replicator.connections.release(target.node)
+                self._replicator.known_peers.release(target.node)
 
     async def _keep_dialled(self, target: Target) -> None:
         backoff = wait_random_exponential(multiplier=self._limits.first_redial, max=self._limits.most_redial)

@@ -7,8 +7,8 @@ from collections.abc import Awaitable, Callable
 import grpc
 import grpc.aio
 
-from ratelimit_sidecar.replication.carrier import METHOD, OPTIONS, SERVICE
 from ratelimit_sidecar.replication.limits import DEFAULT_LIMITS, MeshLimits
+from ratelimit_sidecar.replication.stream_io import METHOD, OPTIONS, SERVICE
 from ratelimit_sidecar.replication.tls import NodeCertificate
 
 FAILED_CHECK_SECONDS = 0.25

@@ -17,14 +17,13 @@ import structlog
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.mesh_status import MembershipStatus, PeerStatus
-from ratelimit_sidecar.replication.carried import CarriedStreams
-from ratelimit_sidecar.replication.carrier import Call
 from ratelimit_sidecar.replication.deltas import OnNews
 from ratelimit_sidecar.replication.demands import Demands
 from ratelimit_sidecar.replication.dialler import Dialler, RedialWait, redial_seconds
 from ratelimit_sidecar.replication.flushing import Flushing
 from ratelimit_sidecar.replication.limits import DEFAULT_LIMITS, MeshLimits
 from ratelimit_sidecar.replication.listener import Listener
+from ratelimit_sidecar.replication.open_streams import OpenStreams
 from ratelimit_sidecar.replication.payments import PaymentExchange
 from ratelimit_sidecar.replication.peer import BatchTracer
 from ratelimit_sidecar.replication.progress import Progress
@@ -33,6 +32,7 @@ from ratelimit_sidecar.replication.resolver import Resolver
 from ratelimit_sidecar.replication.scheduler import Scheduler
 from ratelimit_sidecar.replication.session import LocalNode
 from ratelimit_sidecar.replication.stream import Stream
+from ratelimit_sidecar.replication.stream_io import Call
 from ratelimit_sidecar.replication.targets import Target
 from ratelimit_sidecar.replication.tls import NodeCertificate, PeerCertificate, of_client
 from ratelimit_sidecar.replication.wire import FAULTLESS, Reason
@@ -112,7 +112,7 @@ class Mesh:
             self._listener = Listener(listen, certificate=certificate, accept=self._accept, limits=limits)
         self._is_left_out_logged = False
         self._stopping = asyncio.Event()
-        self._carried = CarriedStreams(
+        self._open_streams = OpenStreams(
             self._replicator,
             scheduler=self._scheduler,
             progress=self._progress,
@@ -125,7 +125,7 @@ class Mesh:
     @property
     def bound_address(self) -> str | None:
         """Where `start` has bound; None when this node only dials."""
-        return self._carried.own_address
+        return self._open_streams.own_address
 
     @property
     def protocol_errors(self) -> Mapping[str, int]:
@@ -171,7 +171,7 @@ class Mesh:
             for peer in self._replicator.peers.values()
             if peer.streams or not peer.is_gateway or peer.region not in gateways.values()
         ]
-        since_us = self._replicator.connections.first_change_us
+        since_us = self._replicator.known_peers.first_change_us
         lag_seconds = 0.0 if since_us is None else (now_us - since_us) / 1e6
         return peers + targets.statuses(lag_seconds, gateways)
 
@@ -185,7 +185,7 @@ class Mesh:
             await asyncio.to_thread(self.certificate.load)
         if self._listener is not None:
             await self._listener.bind()
-            self._carried.own_address = self._listener.address
+            self._open_streams.own_address = self._listener.address
 
     async def run(self) -> None:
         """Replicate until `stop`, then drain; cancelled, it hangs up at once."""
@@ -234,7 +234,7 @@ class Mesh:
     @property
     def is_id_taken(self) -> bool:
         """True while a peer refuses this node because another node has its id: they do not share limits then."""
-        return self._carried.is_id_taken
+        return self._open_streams.is_id_taken
 
     def clocks_ahead_us(self) -> list[int]:
         """The clocks of the connected peers minus this node's, of those that are measured."""
@@ -243,7 +243,7 @@ class Mesh:
 
     def set_clock(self, origin: Origin) -> None:
         """The clock was set (see `Replicator.set_clock`): end all streams, and begin anew."""
-        self._carried.close(Reason.CLOCK_SET, "the clock was set", self._now_us())
+        self._open_streams.close(Reason.CLOCK_SET, "the clock was set", self._now_us())
         self._replicator.set_clock(origin, self._now_us())
 
     def stop(self) -> None:
@@ -298,10 +298,10 @@ class Mesh:
         with suppress(TimeoutError):
             async with asyncio.timeout(self._limits.drain):
                 await self.until(self._replicator.is_settled)
-        self._carried.close(Reason.DRAINING, "the sidecar is shutting down", self._now_us())
+        self._open_streams.close(Reason.DRAINING, "the sidecar is shutting down", self._now_us())
         with suppress(TimeoutError):
             async with asyncio.timeout(self._limits.goodbye):
-                await self.until(lambda: not self._carried.streams)
+                await self.until(lambda: not self._open_streams.streams)
         if self._listener is not None:
             await self._listener.stop(self._limits.goodbye)
 
@@ -310,14 +310,14 @@ class Mesh:
         if self._stopping.is_set():
             await context.abort(grpc.StatusCode.UNAVAILABLE, str(Reason.DRAINING.value))
         certificate = None if self.certificate is None else of_client(context.auth_context())
-        stream = await self._carried.carry(context, context.peer(), None, certificate, self._dialler)
+        stream = await self._open_streams.run(context, context.peer(), None, certificate, self._dialler)
         error = stream.error
         if error is not None:
             # What the peer has sent may be quoted here, and a status is ASCII.
             await context.abort(_code_of(error.reason), str(error).encode("ascii", "backslashreplace").decode())
 
     async def _carry_dialled(self, call: Call, target: Target, certificate: PeerCertificate | None) -> Stream:
-        return await self._carried.carry(call, target.address, target, certificate, self._dialler)
+        return await self._open_streams.run(call, target.address, target, certificate, self._dialler)
 
 
 def _code_of(reason: Reason) -> grpc.StatusCode:

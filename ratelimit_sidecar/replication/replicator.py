@@ -2,7 +2,7 @@
 
 Theory of operation. Every 20 ms, or sooner, `mesh` calls for a *flush*, which moves what this node took into the change
 log (`changes`), from which each peer's outbox sends it. And it calls for a part of a *round*, which sums up what the
-node holds, to be compared (`anti_entropy`). Who the peers are, and which stream is active, is in `connections`; what
+node holds, to be compared (`anti_entropy`). Who the peers are, and which stream is active, is in `peers`; what
 is said on a stream in `stream`; what peers cannot send each other is *relayed* (`relay`); and which snapshot to ask for
 at a start is decided in `sync_requests`.
 """
@@ -17,13 +17,13 @@ from functools import partial
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.changes import MAX_BATCH_BUCKETS, ChangeLog
-from ratelimit_sidecar.replication.connections import FORGET_US, Connections
 from ratelimit_sidecar.replication.deltas import OnNews
 from ratelimit_sidecar.replication.demands import Demands
 from ratelimit_sidecar.replication.key_numbers import KeyRoom
 from ratelimit_sidecar.replication.pace import Steps
 from ratelimit_sidecar.replication.payments import PaymentExchange
 from ratelimit_sidecar.replication.peer import BatchTracer, Link, Peer
+from ratelimit_sidecar.replication.peers import FORGET_US, Peers
 from ratelimit_sidecar.replication.relay import TOPOLOGY_CHECK_US, WALK_BACK_US, Relay
 from ratelimit_sidecar.replication.rounds import Summing
 from ratelimit_sidecar.replication.session import LocalNode
@@ -66,8 +66,8 @@ class Replicator:
         self.changes = ChangeLog(store, now_us)
         self.tracer = tracer
         self.payments = payments
-        self.connections = Connections(store, self.changes, payments, self._note_connections)
-        self.peers = self.connections.peers
+        self.known_peers = Peers(store, self.changes, payments, self._note_connected)
+        self.peers = self.known_peers.by_node
         self.sync = SyncRequests(self.peers, self.announce)
         self.key_room = KeyRoom()
         self.protocol_errors: Counter[str] = Counter()
@@ -109,8 +109,8 @@ class Replicator:
         """Wake the streams: there are further segments of changes, `first` and those after it."""
         segment = self.changes.get(first)
         created_us = self.changes.created_us if segment is None else segment.created_us
-        if self.connections.first_change_us is None:
-            self.connections.first_change_us = created_us
+        if self.known_peers.first_change_us is None:
+            self.known_peers.first_change_us = created_us
         for peer in self.peers.values():
             stream = peer.active
             if stream is None:
@@ -157,7 +157,7 @@ class Replicator:
         if is_full != self._was_full:
             self._was_full = is_full
             self.announce()
-        self.connections.forget(now_us - FORGET_US)
+        self.known_peers.forget(now_us - FORGET_US)
 
     def set_clock(self, origin: Origin, now_us: int) -> None:
         """The clock was set. To be called when no stream is left; what the buckets need is `Store.go_back`.
@@ -169,7 +169,7 @@ class Replicator:
         self.local = replace(self.local, origin=origin)
         self.changes.set_clock(now_us)
         self._topology_checked_us = now_us
-        self.connections.set_clock(now_us)
+        self.known_peers.set_clock(now_us)
 
     def use_rules(self, digest: int) -> None:
         """Other rules are in force, of which peers are told the digest: nodes with other rules are not compared, since
@@ -208,7 +208,7 @@ class Replicator:
         """A stream of this node or of a peer has come or gone: see whether something must be relayed."""
         self._topology_changed = True
 
-    def _note_connections(self) -> None:
+    def _note_connected(self) -> None:
         self.announce()
         self.note_topology_change()
 

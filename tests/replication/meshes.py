@@ -16,13 +16,13 @@ from replication.builders import bucket_of, frame, node, store_of, take
 from ratelimit_sidecar.crdt.bucket import Bucket
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.mesh_status import PeerStatus
-from ratelimit_sidecar.replication.carrier import METHOD
 from ratelimit_sidecar.replication.dialler import RedialWait, redial_seconds
 from ratelimit_sidecar.replication.limits import DEFAULT_LIMITS, MeshLimits
 from ratelimit_sidecar.replication.mesh import Mesh
 from ratelimit_sidecar.replication.payments import PaymentExchange
 from ratelimit_sidecar.replication.peer import BatchTracer
 from ratelimit_sidecar.replication.resolver import Resolver
+from ratelimit_sidecar.replication.stream_io import METHOD
 from ratelimit_sidecar.replication.tls import NodeCertificate
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import PROTOCOL

@@ -43,14 +43,14 @@ from tenacity import RetryCallState
 from ratelimit_sidecar.crdt.bucket import Bucket, Origin
 from ratelimit_sidecar.crdt.shares import Membership
 from ratelimit_sidecar.crdt.store import Store
-from ratelimit_sidecar.replication.carried import SKEW_US
-from ratelimit_sidecar.replication.carrier import METHOD
-from ratelimit_sidecar.replication.connections import FORGET_US
 from ratelimit_sidecar.replication.limits import MeshLimits
 from ratelimit_sidecar.replication.listener import Listener
 from ratelimit_sidecar.replication.mesh import Mesh
+from ratelimit_sidecar.replication.open_streams import SKEW_US
 from ratelimit_sidecar.replication.payments import PaymentExchange
+from ratelimit_sidecar.replication.peers import FORGET_US
 from ratelimit_sidecar.replication.stream import Stream
+from ratelimit_sidecar.replication.stream_io import METHOD
 from ratelimit_sidecar.replication.targets import Target
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import MAX_FRAME_BYTES, PROTOCOL

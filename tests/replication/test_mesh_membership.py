@@ -30,11 +30,11 @@ from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.shares import OLD_LOAN_US, Membership, Shares
-from ratelimit_sidecar.replication.carried import CERTAIN_US
-from ratelimit_sidecar.replication.connections import FORGET_US
 from ratelimit_sidecar.replication.dialler import redial_seconds
 from ratelimit_sidecar.replication.limits import DEFAULT_LIMITS, MeshLimits
+from ratelimit_sidecar.replication.open_streams import CERTAIN_US
 from ratelimit_sidecar.replication.payments import PaymentExchange
+from ratelimit_sidecar.replication.peers import FORGET_US
 from ratelimit_sidecar.replication.resolver import Resolver
 from ratelimit_sidecar.replication.targets import GRACE_US, Target, port_of
 from ratelimit_sidecar.supervision import Supervisor

@@ -17,8 +17,8 @@ from replication.meshes import TIMEOUT_SECONDS, Sidecar, address_of, events, fre
 from structlog.testing import capture_logs
 
 from ratelimit_sidecar.config import tls_files
-from ratelimit_sidecar.replication.carrier import METHOD
 from ratelimit_sidecar.replication.limits import MeshLimits
+from ratelimit_sidecar.replication.stream_io import METHOD
 from ratelimit_sidecar.replication.targets import Target
 from ratelimit_sidecar.replication.tls import NodeCertificate, Pinned
 

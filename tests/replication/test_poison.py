@@ -14,10 +14,10 @@ from replication.test_replicator import connected, exchange, hello, replicator, 
 from ratelimit_sidecar.crdt.bucket import Base, Entry, Origin
 from ratelimit_sidecar.crdt.limit import MAX_AHEAD_US
 from ratelimit_sidecar.crdt.slot import slot_id, slot_start_us
-from ratelimit_sidecar.replication.carrier import METHOD
-from ratelimit_sidecar.replication.connections import MAX_DIALLED_IN, MAX_PEERS
 from ratelimit_sidecar.replication.deltas import PIECE_ENTRIES
+from ratelimit_sidecar.replication.peers import MAX_DIALLED_IN, MAX_PEERS
 from ratelimit_sidecar.replication.stream import Stream
+from ratelimit_sidecar.replication.stream_io import METHOD
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import MAX_FRAME_BYTES, Reason, read_reaches
 from simulation.cluster import Cluster

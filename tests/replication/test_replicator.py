@@ -27,10 +27,10 @@ from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.strict import StrictBucket
 from ratelimit_sidecar.replication.acks import ACK_DELAY_US
 from ratelimit_sidecar.replication.changes import FLUSH_STEP_BUCKETS, MAX_BATCH_BUCKETS
-from ratelimit_sidecar.replication.connections import FORGET_US, MAX_PEERS, RESTART_US
 from ratelimit_sidecar.replication.outbox import WHOLE_BATCH_BUCKETS
 from ratelimit_sidecar.replication.pace import PIECE_WORK
 from ratelimit_sidecar.replication.payments import MAX_BATCH, TICK_EVERY_US, PaymentExchange
+from ratelimit_sidecar.replication.peers import FORGET_US, MAX_PEERS, RESTART_US
 from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.session import STALL_US
 from ratelimit_sidecar.replication.stream import PEER_PAUSE_US, SNAPSHOT_PAUSE_US, Stream
@@ -717,11 +717,11 @@ def test_a_peer_is_heard_to_have_the_membership_it_shows() -> None:
     assert a.payments is not None
     receive(stream_of(a), hello("c", membership=pb.Membership(epoch=1, members=MEMBERS.members[:1])), NOW_US)
     assert a.payments.status().conflicts == ("c",)
-    a.connections.forget(NOW_US)
+    a.known_peers.forget(NOW_US)
     assert a.payments.status().conflicts == ("c",)
     for stream in list(a.streams()):
         stream.lost("gone", NOW_US)
-    a.connections.forget(NOW_US)
+    a.known_peers.forget(NOW_US)
     assert a.payments.status().conflicts == ()
 
 

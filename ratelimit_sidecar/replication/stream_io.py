@@ -1,4 +1,5 @@
-"""Carries one stream over one gRPC call, at either end: reads, writes, and keeps its time, until either is over.
+"""Moves the frames of one stream over one gRPC call, at either end: reads, writes, and keeps its time, until either is
+over.
 
 The reader takes the next frame only when the last one has been applied, so gRPC's flow control holds back a peer that
 sends faster than this node applies.
@@ -54,7 +55,7 @@ class Call(Protocol):
     async def write(self, message: bytes, /) -> None: ...
 
 
-async def carry(
+async def move_frames(
     call: Call,
     stream: Stream,
     *,
@@ -65,7 +66,7 @@ async def carry(
     linger_seconds: float,
     write_seconds: float,
 ) -> None:
-    """Carry a stream until it is over; then the replicator knows that it is.
+    """Move the frames of a stream until it is over; then the replicator knows that it is.
 
     Args:
         woken: set by the stream's `wake`.

@@ -33,7 +33,7 @@ FORGET_US: Final = 600_000_000
 """A peer that only dials in, and has not for so long, is not coming back: it was replaced under another name."""
 
 
-class Connections:
+class Peers:
     """All peers of a node, and the streams to each. Call `find` and then `join` for a stream, and `leave` at its end.
 
     Args:
@@ -43,7 +43,7 @@ class Connections:
     def __init__(
         self, store: Store, changes: ChangeLog, payments: PaymentExchange | None, on_change: Callable[[], object]
     ) -> None:
-        self.peers: dict[str, Peer] = {}
+        self.by_node: dict[str, Peer] = {}
         self.first_change_us: int | None = None
         """When this node first took anything: whoever was never reached misses everything since."""
         self._store = store
@@ -61,11 +61,11 @@ class Connections:
             raise ProtocolError(Reason.SELF, f"{link.address} leads back to this process")
         if origin.node == own.node:
             raise _duplicate_node(origin.node)
-        peer = self.peers.get(origin.node)
+        peer = self.by_node.get(origin.node)
         if peer is None:
             if not link.is_dialled and not self._has_room(now_us):
                 raise ProtocolError(Reason.TOO_MANY_PEERS, f"{MAX_PEERS} peers have dialled in already")
-            peer = self.peers[origin.node] = Peer(self._store, self._changes, origin.node)
+            peer = self.by_node[origin.node] = Peer(self._store, self._changes, origin.node)
         elif peer.streams and peer.incarnation != origin.incarnation:
             self._supersede(peer, link, now_us)
         elif not link.is_dialled:
@@ -118,7 +118,7 @@ class Connections:
         """Forget the peers that only ever dialled in and were lost by then."""
         gone = [
             peer.node
-            for peer in self.peers.values()
+            for peer in self.by_node.values()
             if not peer.streams and not peer.is_configured and peer.lost_us <= lost_before_us
         ]
         for node in gone:
@@ -126,7 +126,7 @@ class Connections:
 
     def release(self, node: str) -> None:
         """No configured address leads to that peer any more: without a stream it is forgotten at once."""
-        peer = self.peers.get(node)
+        peer = self.by_node.get(node)
         if peer is None:
             return
         peer.is_configured = False
@@ -137,7 +137,7 @@ class Connections:
         """The clock was set, and no stream is left."""
         if self.first_change_us is not None:
             self.first_change_us = now_us
-        for peer in self.peers.values():
+        for peer in self.by_node.values():
             peer.outbox.forget_times()
             peer.lost_us = now_us
 
@@ -168,10 +168,10 @@ class Connections:
         return self._dialled_in() < MAX_PEERS
 
     def _dialled_in(self) -> int:
-        return sum(not peer.is_configured for peer in self.peers.values())
+        return sum(not peer.is_configured for peer in self.by_node.values())
 
     def _forget(self, node: str) -> None:
-        del self.peers[node]
+        del self.by_node[node]
         if self._payments is not None:
             self._payments.receive_shown(node, None)
 

@@ -1,4 +1,4 @@
-"""All streams that have a connection now: to which peer each leads, and what is logged of them. (`carrier` moves the
+"""All streams that have a connection now: to which peer each leads, and what is logged of them. (`stream_io` moves the
 frames of one stream.)
 """
 
@@ -10,16 +10,16 @@ from collections.abc import Callable
 import structlog
 
 from ratelimit_sidecar.crdt.bucket import Origin
-from ratelimit_sidecar.replication.carrier import Call, carry
-from ratelimit_sidecar.replication.connections import RESTART_US
 from ratelimit_sidecar.replication.dialler import Dialler
 from ratelimit_sidecar.replication.limits import MeshLimits
 from ratelimit_sidecar.replication.peer import Peer
+from ratelimit_sidecar.replication.peers import RESTART_US
 from ratelimit_sidecar.replication.progress import Progress
 from ratelimit_sidecar.replication.refusals import Refusals
 from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.scheduler import Scheduler
 from ratelimit_sidecar.replication.stream import Stream
+from ratelimit_sidecar.replication.stream_io import Call, move_frames
 from ratelimit_sidecar.replication.targets import Target
 from ratelimit_sidecar.replication.tls import NodeCertificate, PeerCertificate
 from ratelimit_sidecar.replication.wire import FAULTLESS, Reason
@@ -33,8 +33,8 @@ CERTAIN_US = 2 * RESTART_US
 _log = structlog.stdlib.get_logger(__name__)
 
 
-class CarriedStreams:
-    """The streams of this node that have a connection now. `carry` adds one, and returns when it is over.
+class OpenStreams:
+    """The streams of this node that have a connection now. `run` adds one, and returns when it is over.
 
     Args:
         progress: made whenever a frame was received or a stream has ended.
@@ -80,7 +80,7 @@ class CarriedStreams:
         for stream in list(self.streams):
             stream.close(reason, detail, now_us)
 
-    async def carry(
+    async def run(
         self,
         call: Call,
         address: str,
@@ -88,7 +88,7 @@ class CarriedStreams:
         certificate: PeerCertificate | None,
         dialler: Dialler,
     ) -> Stream:
-        """Carry a stream over a call until it is over.
+        """Have a stream on a call, until it is over.
 
         Args:
             target: None for a stream that the peer has dialled.
@@ -130,7 +130,7 @@ class CarriedStreams:
         if target is not None:
             target.stream = stream
         try:
-            await carry(
+            await move_frames(
                 call,
                 stream,
                 woken=woken,

@@ -9,12 +9,12 @@ from replication.builders import NOW_US, frame, kind_of, node, store_of, take
 from replication.meshes import TIMEOUT_SECONDS
 
 from ratelimit_sidecar.crdt.store import Store
-from ratelimit_sidecar.replication.carrier import Call, carry
 from ratelimit_sidecar.replication.outbox import WHOLE_BATCH_BUCKETS
 from ratelimit_sidecar.replication.pace import PIECE_WORK
 from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.scheduler import QUANTUM_NS, Scheduler
 from ratelimit_sidecar.replication.stream import Stream
+from ratelimit_sidecar.replication.stream_io import Call, move_frames
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 
 A = node("a")
@@ -57,11 +57,11 @@ class Pinged:
             self.looks_until_pong.set_result(next(self._looks) - self._pinged_at)
 
 
-async def carry_over(call: Call, store: Store, scheduler: Scheduler, write_seconds: float = 5.0) -> Stream:
+async def stream_over(call: Call, store: Store, scheduler: Scheduler, write_seconds: float = 5.0) -> Stream:
     """For the session no time passes, so it misses nothing."""
     woken = asyncio.Event()
     stream = Stream(Replicator(A, store, NOW_US), "10.0.0.1:1", is_dialled=True, wake=woken.set, now_us=NOW_US)
-    await carry(
+    await move_frames(
         call,
         stream,
         woken=woken,
@@ -76,7 +76,7 @@ async def carry_over(call: Call, store: Store, scheduler: Scheduler, write_secon
 
 async def test_a_peer_that_does_not_read_is_given_up() -> None:
     async with asyncio.timeout(TIMEOUT_SECONDS):
-        stream = await carry_over(Silent(), store_of(A), Scheduler(), write_seconds=0.01)
+        stream = await stream_over(Silent(), store_of(A), Scheduler(), write_seconds=0.01)
     assert stream.is_over
     assert stream.why_ended == "the peer has not read for 0.01 s"
 
@@ -85,8 +85,8 @@ async def test_a_pong_does_not_wait_for_a_batch_to_be_written() -> None:
     store, call = store_of(A), Pinged()
     for number in range(WHOLE_BATCH_BUCKETS):
         take(store, f"user {number}", 1, NOW_US)
-    carried = asyncio.create_task(carry_over(call, store, call.scheduler))
+    moving = asyncio.create_task(stream_over(call, store, call.scheduler))
     async with asyncio.timeout(TIMEOUT_SECONDS):
         assert await call.looks_until_pong < WHOLE_BATCH_BUCKETS // PIECE_WORK
-    carried.cancel()
-    await asyncio.wait([carried])
+    moving.cancel()
+    await asyncio.wait([moving])
