@@ -19,7 +19,7 @@ from ratelimit_sidecar.crdt.draw_policy import draw_needs
 from ratelimit_sidecar.crdt.granted import GrantedBucket, GrantLedger, Needs
 from ratelimit_sidecar.fabric.account_calls import AccountCalls, Asked
 from ratelimit_sidecar.fabric.accounts import DRAW
-from ratelimit_sidecar.fabric.link import FAILURES, Call, Link
+from ratelimit_sidecar.fabric.redis_link import FAILURES, RedisLink, ScriptCall
 from ratelimit_sidecar.fabric.scripts import FabricKeys
 from ratelimit_sidecar.fabric.status import DrawStatus
 from ratelimit_sidecar.persistence.redis_calls import BackOff, Connect, reason_of
@@ -69,7 +69,7 @@ class Drawing:
         needs: NeedsOf = draw_needs,
     ) -> None:
         self.status = DrawStatus()
-        self._link = Link(connect)
+        self._link = RedisLink(connect)
         self._keys = keys
         self._ledger = ledger
         self._strict_us = strict_us
@@ -141,7 +141,7 @@ class Drawing:
         if not asked:
             return True
         sent_us = self._strict_us()
-        calls: list[Call] = [
+        calls: list[ScriptCall] = [
             (self._keys.shards[number].of_accounts, self._shards[number].arguments(each, sent_us))
             for number, each in asked.items()
         ]

@@ -8,7 +8,7 @@ from typing import Final
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry
 from ratelimit_sidecar.crdt.store import Store
-from ratelimit_sidecar.fabric.link import Call, Link
+from ratelimit_sidecar.fabric.redis_link import RedisLink, ScriptCall
 from ratelimit_sidecar.fabric.region import TOLD_BUCKETS, Region, Shard, Told
 from ratelimit_sidecar.fabric.scripts import GATEWAY, FabricKeys, ShardKeys
 
@@ -27,7 +27,7 @@ class RegionExchange:
         store: of this sidecar.
     """
 
-    def __init__(self, link: Link, keys: FabricKeys, store: Store, now_us: Callable[[], int]) -> None:
+    def __init__(self, link: RedisLink, keys: FabricKeys, store: Store, now_us: Callable[[], int]) -> None:
         self._link = link
         self._keys = keys
         self._store = store
@@ -92,7 +92,7 @@ class RegionExchange:
         region.tell_again()
         await self._link.close()
 
-    def _call(self, shard: Shard, keys: ShardKeys, told: Told, token: int) -> Call:
+    def _call(self, shard: Shard, keys: ShardKeys, told: Told, token: int) -> ScriptCall:
         names = [name for key in told for name in keys.of_bucket(key)]
         places = self._keys.places(self._store.room.most)
         arguments: list[bytes | str] = [

@@ -23,8 +23,8 @@ from ratelimit_sidecar.crdt.granted import GrantLedger
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.fabric.drawing import Drawing
 from ratelimit_sidecar.fabric.gateway import TICK_SECONDS, Gateway, MeshOf
-from ratelimit_sidecar.fabric.link import FAILURES, Call, Link
 from ratelimit_sidecar.fabric.record import life_of
+from ratelimit_sidecar.fabric.redis_link import FAILURES, RedisLink, ScriptCall
 from ratelimit_sidecar.fabric.scripts import SHARE, FabricKeys
 from ratelimit_sidecar.fabric.sharing import BATCH_BUCKETS, BATCH_BYTES, MAX_SHARED, Ask, SharedRoom, Sharing
 from ratelimit_sidecar.fabric.status import FabricStatus
@@ -76,7 +76,7 @@ class Fabric:
         self.status = FabricStatus()
         self._room = SharedRoom(most_shared)
         self.shards = [Sharing(store, store.origin, self._room) for _ in keys.shards]
-        self._link = Link(connect)
+        self._link = RedisLink(connect)
         self._connections = 0
         """Those of the latest tick; 0 before the first."""
         self._keys = keys
@@ -267,7 +267,7 @@ class Fabric:
         for number, asks in batches.items():
             self.shards[number].failed(asks)
 
-    def _call(self, number: int, asks: Sequence[Ask]) -> Call:
+    def _call(self, number: int, asks: Sequence[Ask]) -> ScriptCall:
         keys = self._keys.shards[number]
         names = [name for each in asks for name in keys.of_bucket(each.bucket.key)]
         places = self._keys.places(self._store.room.most)

@@ -23,7 +23,7 @@ from ratelimit_sidecar.crdt.granted import GrantLedger
 from ratelimit_sidecar.crdt.limit import AnyLimit
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.fabric.exchange import MAX_ANSWERED, RegionExchange
-from ratelimit_sidecar.fabric.link import FAILURES, Link
+from ratelimit_sidecar.fabric.redis_link import FAILURES, RedisLink
 from ratelimit_sidecar.fabric.region import Region, region_origin
 from ratelimit_sidecar.fabric.regional_member import RegionalMember
 from ratelimit_sidecar.fabric.scripts import GIVE_UP, LEASE, FabricKeys
@@ -101,7 +101,7 @@ class Gateway:
         mesh_of: MeshOf,
         ledger: GrantLedger | None = None,
     ) -> None:
-        self._link = Link(connect)
+        self._link = RedisLink(connect)
         self._exchange = RegionExchange(self._link, keys, store, now_us)
         self._keys = keys
         self._store = store

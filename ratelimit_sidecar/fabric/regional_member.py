@@ -17,7 +17,7 @@ from ratelimit_sidecar.crdt.shares import Shares
 from ratelimit_sidecar.fabric.account_calls import members_text
 from ratelimit_sidecar.fabric.accounts import BEAT
 from ratelimit_sidecar.fabric.drawing import Drawing
-from ratelimit_sidecar.fabric.link import Call, Link
+from ratelimit_sidecar.fabric.redis_link import RedisLink, ScriptCall
 from ratelimit_sidecar.fabric.scripts import FabricKeys
 from ratelimit_sidecar.persistence.redis_calls import Connect, is_permitted
 from ratelimit_sidecar.persistence.redis_record import BadRecord
@@ -71,18 +71,19 @@ class RegionalMember:
         """Forget all buckets, in steps; then it must not be used any more."""
         return self._ledger.clear()
 
-    async def beat(self, link: Link, token: int) -> None:
+    async def beat(self, link: RedisLink, token: int) -> None:
         """Call `BEAT`: let the clocks of the accounts go on, say who the members are, and learn what is short.
 
         Raises:
-            exceptions.RedisError, OSError, TimeoutError, BadRecord: as of `Link.call`, and when it is fenced. A call
-                that the server does not permit raises nothing, since other limits can do without: the sidecars log it.
+            exceptions.RedisError, OSError, TimeoutError, BadRecord: as of `RedisLink.call`, and when it is fenced. A
+                call that the server does not permit raises nothing, since other limits can do without: the sidecars log
+                it.
         """
         now_us = self._strict_us()
         every_us, self._beaten_us = now_us - self._beaten_us, now_us
         self._ledger.sweep(now_us, SWEPT_BUCKETS)
         members, epoch = members_text(self._shares.in_force(now_us)), str(self._shares.membership.epoch)
-        calls: list[Call] = [
+        calls: list[ScriptCall] = [
             (
                 [*keys.of_accounts, keys.fence],
                 [secrets.token_hex(8), str(token), members, cursor, str(SWEPT_FIELDS), epoch],

@@ -23,7 +23,7 @@ LATE_US: Final = 10_000_000
 """What it tells was written so long ago at most, but for a snapshot: flushes may wait, and its clock may be behind."""
 
 
-class Link(Protocol):
+class PeerStream(Protocol):
     """A stream, as its peer and the replicator use it; `stream.Stream` is one."""
 
     address: str
@@ -112,7 +112,7 @@ class Peer:
         """It speaks for its region; another node may follow it."""
         self.is_configured = False
         """True once a configured address has led to it."""
-        self.streams: list[Link] = []
+        self.streams: list[PeerStream] = []
         """Established ones, the active one first."""
         self.outbox = Outbox(store, changes)
         self.reported = PeerReports()
@@ -136,7 +136,7 @@ class Peer:
         """Reads the stream that last began to carry Deltas; None when that stream has ended."""
 
     @property
-    def active(self) -> Link | None:
+    def active(self) -> PeerStream | None:
         """The stream on which this node sends deltas, asks and wishes. On others it sends answers, status and pings."""
         return self.streams[0] if self.streams else None
 

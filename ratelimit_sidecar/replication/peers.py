@@ -14,7 +14,7 @@ from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.changes import ChangeLog
 from ratelimit_sidecar.replication.payments import PaymentExchange
-from ratelimit_sidecar.replication.peer import Link, Peer
+from ratelimit_sidecar.replication.peer import Peer, PeerStream
 from ratelimit_sidecar.replication.session import Established
 from ratelimit_sidecar.replication.wire import ProtocolError, Reason
 
@@ -51,52 +51,52 @@ class Peers:
         self._payments = payments
         self._on_change = on_change
 
-    def find(self, link: Link, own: Origin, origin: Origin, now_us: int) -> Peer:
+    def find(self, stream: PeerStream, own: Origin, origin: Origin, now_us: int) -> Peer:
         """The peer of a new stream, which says that it is `origin`; closes older streams that must make way for it.
 
         Raises:
             ProtocolError: it is refused.
         """
         if origin == own:
-            raise ProtocolError(Reason.SELF, f"{link.address} leads back to this process")
+            raise ProtocolError(Reason.SELF, f"{stream.address} leads back to this process")
         if origin.node == own.node:
             raise _duplicate_node(origin.node)
         peer = self.by_node.get(origin.node)
         if peer is None:
-            if not link.is_dialled and not self._has_room(now_us):
+            if not stream.is_dialled and not self._has_room(now_us):
                 raise ProtocolError(Reason.TOO_MANY_PEERS, f"{MAX_PEERS} peers have dialled in already")
             peer = self.by_node[origin.node] = Peer(self._store, self._changes, origin.node)
         elif peer.streams and peer.incarnation != origin.incarnation:
-            self._supersede(peer, link, now_us)
-        elif not link.is_dialled:
+            self._supersede(peer, stream, now_us)
+        elif not stream.is_dialled:
             self._make_way(peer, now_us)
         return peer
 
-    def join(self, link: Link, peer: Peer, who: Established) -> None:
+    def join(self, stream: PeerStream, peer: Peer, who: Established) -> None:
         """A stream is the peer's from now on."""
         peer.incarnation = who.origin.incarnation
         peer.region = who.region
         peer.version = who.version
         peer.protocol = who.protocol
         peer.is_gateway = who.is_gateway
-        if link.is_dialled or not peer.is_configured:
-            peer.address = link.address
-        if link.is_dialled and not peer.is_configured:
+        if stream.is_dialled or not peer.is_configured:
+            peer.address = stream.address
+        if stream.is_dialled and not peer.is_configured:
             # One that nobody has configured misses nothing before it comes. One that is may have dialled in first.
             peer.outbox.missed_since(self.first_change_us)
-        peer.is_configured |= link.is_dialled
-        peer.streams.append(link)
+        peer.is_configured |= stream.is_dialled
+        peer.streams.append(stream)
         self._store.journal.peers.add(who.origin)
         if len(peer.streams) == 1:
             peer.connections += 1
-            peer.outbox.open(who.origin, compares=link.compares)
+            peer.outbox.open(who.origin, compares=stream.compares)
             self._on_change()
 
-    def leave(self, link: Link, peer: Peer, why: str, now_us: int) -> None:
+    def leave(self, stream: PeerStream, peer: Peer, why: str, now_us: int) -> None:
         """A stream is the peer's no more; another one of the peer's, if there is one, takes over."""
         peer.last_error = why
-        was_active = peer.active is link
-        peer.streams.remove(link)
+        was_active = peer.active is stream
+        peer.streams.remove(stream)
         if was_active:
             peer.outbox.close(now_us)
             peer.end_spans()
@@ -110,9 +110,9 @@ class Peers:
             peer.outbox.open(origin, compares=following.compares)
             peer.grant_request(now_us)
             following.wake()
-        for stream in peer.streams:
+        for other in peer.streams:
             # The newest status may have been on its way on this one, and an older one on the others.
-            stream.tell_status_again()
+            other.tell_status_again()
 
     def forget(self, lost_before_us: int) -> None:
         """Forget the peers that only ever dialled in and were lost by then."""
@@ -141,18 +141,18 @@ class Peers:
             peer.outbox.forget_times()
             peer.lost_us = now_us
 
-    def _supersede(self, peer: Peer, link: Link, now_us: int) -> None:
+    def _supersede(self, peer: Peer, stream: PeerStream, now_us: int) -> None:
         """A new stream is of another life of the peer than those it has: make way for it, or refuse it."""
-        is_alive = now_us - max(stream.received_us for stream in peer.streams) < RESTART_US
+        is_alive = now_us - max(other.received_us for other in peer.streams) < RESTART_US
         if not is_alive:
             reason, detail = Reason.SUPERSEDED, "the node has restarted"
-        elif link.is_dialled and not any(stream.is_dialled for stream in peer.streams):
+        elif stream.is_dialled and not any(other.is_dialled for other in peer.streams):
             # Whoever came by itself may say that it is anybody.
             reason, detail = Reason.DUPLICATE_NODE, f"the address configured here leads to another {peer.node!r}"
         else:
             raise _duplicate_node(peer.node)
-        for stream in list(peer.streams):
-            stream.close(reason, detail, now_us)
+        for other in list(peer.streams):
+            other.close(reason, detail, now_us)
 
     def _make_way(self, peer: Peer, now_us: int) -> None:
         """One more stream that a peer has dialled is coming: each holds the names of thousands of buckets."""

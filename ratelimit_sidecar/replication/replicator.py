@@ -22,7 +22,7 @@ from ratelimit_sidecar.replication.demands import Demands
 from ratelimit_sidecar.replication.key_numbers import KeyRoom
 from ratelimit_sidecar.replication.pace import Steps
 from ratelimit_sidecar.replication.payments import PaymentExchange
-from ratelimit_sidecar.replication.peer import BatchTracer, Link, Peer
+from ratelimit_sidecar.replication.peer import BatchTracer, Peer, PeerStream
 from ratelimit_sidecar.replication.peers import FORGET_US, Peers
 from ratelimit_sidecar.replication.relay import TOPOLOGY_CHECK_US, WALK_BACK_US, Relay
 from ratelimit_sidecar.replication.rounds import Summing
@@ -255,7 +255,7 @@ class Replicator:
         """True when every connected peer has acknowledged everything."""
         return all(peer.outbox.is_settled for peer in self.peers.values() if peer.streams)
 
-    def streams(self) -> Iterator[Link]:
+    def streams(self) -> Iterator[PeerStream]:
         """Every established stream."""
         for peer in self.peers.values():
             yield from peer.streams

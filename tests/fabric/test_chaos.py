@@ -13,7 +13,7 @@ from persistence.test_snapshot import make_store
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Origin
 from ratelimit_sidecar.fabric.exchange import RegionExchange
-from ratelimit_sidecar.fabric.link import FAILURES, Link
+from ratelimit_sidecar.fabric.redis_link import FAILURES, RedisLink
 from ratelimit_sidecar.fabric.region import Region, region_origin
 from ratelimit_sidecar.fabric.scripts import FabricKeys
 
@@ -47,7 +47,7 @@ class Chaos:
         keys = FabricKeys("ratelimit")
         store = make_store(Origin("gateway", 1))
         self._region = Region(region_origin("east"), store, keys)
-        self._link = Link(connect_to(server))
+        self._link = RedisLink(connect_to(server))
         self._exchange = RegionExchange(self._link, keys, store, self._now_us)
         self._taken = Counter[str]()
 

@@ -16,7 +16,7 @@ from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.slot import slot_id
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.fabric.exchange import RegionExchange
-from ratelimit_sidecar.fabric.link import Link
+from ratelimit_sidecar.fabric.redis_link import RedisLink
 from ratelimit_sidecar.fabric.region import Region, region_origin
 from ratelimit_sidecar.fabric.scripts import FULL_FOR_S, FabricKeys
 from ratelimit_sidecar.fabric.sharing import RESTING_TICKS
@@ -70,7 +70,7 @@ class AtGateway:
         self.now_us = NOW_US
         self.store = Store(Origin("gateway", 1), lambda _key: MINUTE)
         self.region = Region(region_origin("east"), self.store, keys)
-        self.link = Link(connect_to(server))
+        self.link = RedisLink(connect_to(server))
         self.exchange = RegionExchange(self.link, keys, self.store, lambda: self.now_us)
 
     def receive(self, hits: int) -> None:

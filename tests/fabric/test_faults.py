@@ -22,8 +22,8 @@ from ratelimit_sidecar.demo.ports import HOST
 from ratelimit_sidecar.fabric import sharing
 from ratelimit_sidecar.fabric.exchange import RegionExchange
 from ratelimit_sidecar.fabric.fabric import Fabric
-from ratelimit_sidecar.fabric.link import Link
 from ratelimit_sidecar.fabric.record import OTHERS
+from ratelimit_sidecar.fabric.redis_link import RedisLink
 from ratelimit_sidecar.fabric.region import MAX_NEWS, Region, region_origin
 from ratelimit_sidecar.fabric.scripts import GATEWAY, FabricKeys
 from ratelimit_sidecar.fabric.sharing import SharedRoom, Sharing
@@ -530,7 +530,7 @@ class AtGateway:
     def __init__(self, server: RedisServer, store: Store, max_news: int = MAX_NEWS) -> None:
         keys = FabricKeys("ratelimit")
         self.region = Region(region_origin("east"), store, keys, max_news=max_news)
-        self.link = Link(connect_to(server))
+        self.link = RedisLink(connect_to(server))
         self.exchange = RegionExchange(self.link, keys, store, lambda: NOW_US)
 
     async def tick(self) -> bool:

@@ -11,7 +11,7 @@ from ratelimit_sidecar.crdt.granted import COUNTED_US, GrantLedger
 from ratelimit_sidecar.crdt.limit import AnyLimit
 from ratelimit_sidecar.crdt.shares import Membership, Shares
 from ratelimit_sidecar.fabric import accounts
-from ratelimit_sidecar.fabric.link import Link
+from ratelimit_sidecar.fabric.redis_link import RedisLink
 from ratelimit_sidecar.fabric.regional_member import SWEPT_BUCKETS, RegionalMember
 from ratelimit_sidecar.fabric.scripts import FabricKeys
 
@@ -29,7 +29,7 @@ class Gateway:
     def __init__(self, server: RedisServer, token: int = 1) -> None:
         self.now_us = 10**12
         self._token = token
-        self.link = Link(connect_to(server))
+        self.link = RedisLink(connect_to(server))
         shares = Shares(Membership(1, {"east": 1, "west": 1}), "east", 0)
         ledger = GrantLedger(shares, Origin("a", 1), limit_of_key, max_buckets=100)
         self.member = RegionalMember(ledger, connect_to(server), KEYS, lambda: self.now_us)

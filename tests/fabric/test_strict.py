@@ -23,7 +23,7 @@ from ratelimit_sidecar.crdt.shares import Membership, Shares
 from ratelimit_sidecar.fabric.account_calls import members_text
 from ratelimit_sidecar.fabric.accounts import BEAT, KEPT_US, MOST_STEP_US
 from ratelimit_sidecar.fabric.drawing import Drawing
-from ratelimit_sidecar.fabric.link import Link
+from ratelimit_sidecar.fabric.redis_link import RedisLink
 from ratelimit_sidecar.fabric.scripts import FabricKeys
 
 pytestmark = needs_redis
@@ -44,7 +44,7 @@ class Region:
         self.ahead_us = 0
         self.members = members_text([weights or {"east": 1}])
         self._server = server
-        self._link = Link(connect_to(server))
+        self._link = RedisLink(connect_to(server))
         self.sidecars = {name: Sidecar(name, server, self) for name in names}
 
     @property

@@ -15,11 +15,11 @@ from ratelimit_sidecar.persistence.redis_record import BadRecord
 FAILURES: Final = (exceptions.RedisError, OSError, TimeoutError, BadRecord)
 """What a call, and reading its answer, may raise."""
 
-Call = tuple[Sequence[bytes], Sequence[bytes | str]]
+ScriptCall = tuple[Sequence[bytes], Sequence[bytes | str]]
 """The keys and arguments of a script; all keys are of one shard."""
 
 
-class Link:
+class RedisLink:
     """The connection. Call `close` after a call without an answer.
 
     Args:
@@ -32,7 +32,7 @@ class Link:
         self._connect = connect
         self._client: Redis | RedisCluster | None = None
 
-    async def call(self, script: str, calls: Sequence[Call]) -> list[Any]:
+    async def call(self, script: str, calls: Sequence[ScriptCall]) -> list[Any]:
         """Run the script for each of the calls, in one pipeline.
 
         Returns:
@@ -70,7 +70,7 @@ class Link:
         self.connections += 1
 
 
-async def _evaluate(client: Redis | RedisCluster, script: str, calls: Sequence[Call]) -> list[Any]:
+async def _evaluate(client: Redis | RedisCluster, script: str, calls: Sequence[ScriptCall]) -> list[Any]:
     digest = digest_of(script)
     if len(calls) == 1:
         [(keys, arguments)] = calls
