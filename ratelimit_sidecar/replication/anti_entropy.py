@@ -21,9 +21,9 @@ from ratelimit_sidecar.replication.pace import Steps
 from ratelimit_sidecar.replication.peer import Peer
 from ratelimit_sidecar.replication.rounds import (
     LOOK_WORK,
+    PARTITION_RANGES,
+    PARTITIONS,
     RANGES,
-    SEGMENT_RANGES,
-    SEGMENTS,
     Round,
     Summing,
     Work,
@@ -84,10 +84,10 @@ class Exchange:
             own, self._own = self._own, None
             self._summarised_us = own.at_us
             self._summarised.clear()
-            segments = sorted(own.segments)
-            digest = pb.Digest(at_us=own.at_us, segments=segments)
-            for segment in segments:
-                digest.sums.extend(own.sums_of(segment))
+            partitions = sorted(own.partitions)
+            digest = pb.Digest(at_us=own.at_us, segments=partitions)
+            for partition in partitions:
+                digest.sums.extend(own.sums_of(partition))
             return pb.Frame(digest=digest)
         while self._differing:
             number = next(iter(self._differing))
@@ -136,11 +136,11 @@ class Exchange:
         yield from self._answer_summary_steps(frame, own)
 
     def _receive_digest(self, digest: pb.Digest) -> None:
-        segments = digest.segments
-        if len(set(segments)) < len(segments) or any(segment >= SEGMENTS for segment in segments):
-            raise ProtocolError(Reason.BAD_DIGEST, "a segment twice, or one that there is not")
-        if len(digest.sums) != len(segments) * SEGMENT_RANGES:
-            raise ProtocolError(Reason.BAD_DIGEST, f"{len(digest.sums)} sums of {len(segments)} segments")
+        partitions = digest.segments
+        if len(set(partitions)) < len(partitions) or any(partition >= PARTITIONS for partition in partitions):
+            raise ProtocolError(Reason.BAD_DIGEST, "a partition twice, or one that there is not")
+        if len(digest.sums) != len(partitions) * PARTITION_RANGES:
+            raise ProtocolError(Reason.BAD_DIGEST, f"{len(digest.sums)} sums of {len(partitions)} partitions")
         if digest.at_us <= self._differing_us:
             # Each is answered once.
             return
@@ -154,12 +154,12 @@ class Exchange:
         self._differing.clear()
         self._differing_us = own.at_us
         their_sums = list(theirs.sums)
-        for index, segment in enumerate(theirs.segments):
-            theirs_of_segment = their_sums[index * SEGMENT_RANGES : (index + 1) * SEGMENT_RANGES]
-            if segment not in own.segments or theirs_of_segment == own.sums_of(segment):
+        for index, partition in enumerate(theirs.segments):
+            theirs_of_partition = their_sums[index * PARTITION_RANGES : (index + 1) * PARTITION_RANGES]
+            if partition not in own.partitions or theirs_of_partition == own.sums_of(partition):
                 continue
-            first = segment * SEGMENT_RANGES
-            for number, their_sum in enumerate(theirs_of_segment, first):
+            first = partition * PARTITION_RANGES
+            for number, their_sum in enumerate(theirs_of_partition, first):
                 if their_sum != own.sums[number]:
                     self._differing[number] = None
 

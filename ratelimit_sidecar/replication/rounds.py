@@ -6,7 +6,8 @@ and they seal at different times, so only what is settled at that instant counts
 for `SETTLE_US`, and what older ones amount to.
 
 The work is bounded: a round takes the buckets in steps, and when there are too many for all of its steps, only some
-segments of the key space, others the next time. A step is done in pieces, and so is a bucket that many nodes take from.
+partitions of the key space, others the next time. A step is done in pieces, and so is a bucket that many nodes take
+from.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ KEPT_US: Final = 7_000_000
 LATE_US: Final = 1_000_000
 """A round is not begun so long after its instant: it would not end in time."""
 
-SEGMENTS: Final = 16
-"""Of the key space; the change log has others."""
+PARTITIONS: Final = 16
+"""Partitions of the key space, by the hash of the key. (On the wire they are the segments of a Digest.)"""
 
-SEGMENT_RANGES: Final = 64
-RANGES: Final = SEGMENTS * SEGMENT_RANGES
+PARTITION_RANGES: Final = 64
+RANGES: Final = PARTITIONS * PARTITION_RANGES
 
 LOOK_WORK: Final = 2
 SUM_WORK: Final = 40
@@ -52,7 +53,7 @@ ENTRY_WORK: Final = 5
 entry in it."""
 
 STEP_WORK: Final = 8_000
-"""The work of one step, besides its share of looking at all buckets. It is more when a segment would otherwise not be
+"""The work of one step, besides its share of looking at all buckets. It is more when a partition would otherwise not be
 summed up in time. So a round is 4 % of the time, and 1 % for each 200,000 buckets.
 """
 
@@ -106,12 +107,12 @@ class Round:
 
     Args:
         at_us: a multiple of EVERY_US by this node's clock.
-        segments: those it is about.
+        partitions: those it is about.
     """
 
-    def __init__(self, at_us: int, segments: Iterable[int]) -> None:
+    def __init__(self, at_us: int, partitions: Iterable[int]) -> None:
         self.at_us = at_us
-        self.segments = frozenset(segments)
+        self.partitions = frozenset(partitions)
         self.sums = [0] * RANGES
         self._ranges: dict[int, _Range] = {}
 
@@ -126,9 +127,9 @@ class Round:
         found.hashes.append(hash64(key))
         found.states.append(state)
 
-    def sums_of(self, segment: int) -> list[int]:
-        """The sums of the ranges of one segment, as in a Digest."""
-        return self.sums[segment * SEGMENT_RANGES : (segment + 1) * SEGMENT_RANGES]
+    def sums_of(self, partition: int) -> list[int]:
+        """The sums of the ranges of one partition, as in a Digest."""
+        return self.sums[partition * PARTITION_RANGES : (partition + 1) * PARTITION_RANGES]
 
     def ranges(self) -> Iterable[_Range]:
         """The ranges that have buckets."""
@@ -179,9 +180,9 @@ class Summing:
         """Buckets looked at in the current round, or the last."""
         self.work = Work()
         """What was done in the current round, or the last."""
-        self._segment_work = 0
-        """The work of summing one segment up, as the last round has shown."""
-        self._segments_a_round = SEGMENTS
+        self._partition_work = 0
+        """The work of summing one partition up, as the last round has shown."""
+        self._partitions_a_round = PARTITIONS
         self._done: deque[Round] = deque(maxlen=2)
         self._left: list[_Range] = []
         """Ranges of old rounds, which are freed a few at a time: to free all of one round takes milliseconds."""
@@ -203,7 +204,7 @@ class Summing:
         current = self._current
         if current is not None and now_us >= current.at_us + EVERY_US:
             # Too slow, or the machine was asleep.
-            self._plan_next(len(current.segments), is_done=False)
+            self._plan_next(len(current.partitions), is_done=False)
             self.pause()
             return None
         if current is None:
@@ -212,7 +213,7 @@ class Summing:
                 return None
             current = self._current = self._begin(at_us)
         if self._step_left <= 0:
-            most = max(self._step_work, self._segment_work * 9 // 8 // STEPS)
+            most = max(self._step_work, self._partition_work * 9 // 8 // STEPS)
             self._step_left = most + LOOK_WORK * len(self._store) // STEPS
         before, self.work.left = self.work.done, min(self._step_left, PIECE_WORK)
         for _ in self._pieces:
@@ -220,7 +221,7 @@ class Summing:
             return None
         self._current = None
         self._step_left = 0
-        self._plan_next(len(current.segments), is_done=True)
+        self._plan_next(len(current.partitions), is_done=True)
         if len(self._done) == self._done.maxlen:
             self._left += self._done.popleft().ranges()
         self._done.append(current)
@@ -286,51 +287,52 @@ class Summing:
         return at_us
 
     def _begin(self, at_us: int) -> Round:
-        # The same on every node; each segment has its turn, also for one that does only every second, fourth ... round.
+        # The same on every node; each partition has its turn, also for one that does only every second, fourth ...
+        # round.
         number = at_us // EVERY_US
-        first = (number - number // SEGMENTS - number // SEGMENTS**2) % SEGMENTS
-        begun = Round(at_us, [(first + number) % SEGMENTS for number in range(self._segments_a_round)])
+        first = (number - number // PARTITIONS - number // PARTITIONS**2) % PARTITIONS
+        begun = Round(at_us, [(first + number) % PARTITIONS for number in range(self._partitions_a_round)])
         self._looked, self.work = 0, Work()
         self._pieces = self._sum_steps(begun)
         return begun
 
     def _sum_steps(self, current: Round) -> Steps:
         """Sum up all buckets, in pieces."""
-        at_us, segments, work = current.at_us, current.segments, self.work
+        at_us, partitions, work = current.at_us, current.partitions, self.work
         for bucket in self._store.walk():
             self._looked += 1
             if work.ends_piece(LOOK_WORK):
                 yield
             range_number = range_of(bucket.key)
-            if range_number // SEGMENT_RANGES in segments and bucket.journal is not None:
+            if range_number // PARTITION_RANGES in partitions and bucket.journal is not None:
                 state = yield from self.state_steps(bucket, at_us, work)
                 if state:
                     current.add(range_number, bucket.key, state)
 
-    def _plan_next(self, segments: int, *, is_done: bool) -> None:
-        """Decide how many segments the next round has.
+    def _plan_next(self, partitions: int, *, is_done: bool) -> None:
+        """Decide how many partitions the next round has.
 
         Args:
-            segments: of the round that is over.
+            partitions: of the round that is over.
             is_done: False when it was given up.
         """
         looked, buckets = self._looked, len(self._store)
         summing = self.work.done - LOOK_WORK * looked
         if is_done:
-            self._segment_work = summing // segments
-            most = 2 * segments
+            self._partition_work = summing // partitions
+            most = 2 * partitions
         elif looked * SAMPLED_PART >= buckets:
-            self._segment_work = summing * buckets // looked // segments
-            most = segments * looked // max(looked, buckets)
+            self._partition_work = summing * buckets // looked // partitions
+            most = partitions * looked // max(looked, buckets)
         else:
             return
-        most = min(SEGMENTS, most, self._round_work // max(1, self._segment_work))
-        self._segments_a_round = max(1, most)
+        most = min(PARTITIONS, most, self._round_work // max(1, self._partition_work))
+        self._partitions_a_round = max(1, most)
 
     def _is_to_be_done(self, at_us: int) -> bool:
-        """False for a part of the rounds when even one segment is more than a round may cost. All nodes agree on which:
-        the more often one does them, the more of another's are among them."""
-        work = LOOK_WORK * len(self._store) + self._segment_work
+        """False for a part of the rounds when even one partition is more than a round may cost. All nodes agree on
+        which: the more often one does them, the more of another's are among them."""
+        work = LOOK_WORK * len(self._store) + self._partition_work
         stride = 1
         while work > stride * self._round_work:
             stride *= 2

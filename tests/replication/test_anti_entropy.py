@@ -37,10 +37,10 @@ from ratelimit_sidecar.replication.rounds import (
     KEPT_US,
     LOOK_WORK,
     ORIGIN_WORK,
+    PARTITION_RANGES,
+    PARTITIONS,
     PIECE_WORK,
     RANGES,
-    SEGMENT_RANGES,
-    SEGMENTS,
     SETTLE_US,
     STEP_WORK,
     STEPS,
@@ -344,7 +344,7 @@ def passes_of(summing: Summing, at_us: int, instants: int, every: int = 1) -> di
         every: it is asleep at the instants between each such one.
 
     Returns:
-        By the number of the instant, counted from `at_us`: its segments, and the steps that it took.
+        By the number of the instant, counted from `at_us`: its partitions, and the steps that it took.
     """
     done = {}
     for number in range(0, instants, every):
@@ -354,7 +354,7 @@ def passes_of(summing: Summing, at_us: int, instants: int, every: int = 1) -> di
             while summing.is_stepping:
                 found = summing.step(now_us)
             if found is not None:
-                done[number] = found.segments, step
+                done[number] = found.partitions, step
     return done
 
 
@@ -378,25 +378,25 @@ def state_of(summing: Summing, bucket: Bucket, at_us: int) -> int:
 def test_a_pass_takes_the_buckets_in_steps_and_what_is_too_much_for_one_in_several_passes() -> None:
     # Looking at all buckets comes on top of it, which is why it is enough for once.
     step_work = 1_000 * (SUM_WORK + ORIGIN_WORK + ENTRY_WORK) // (STEPS + 1)
-    (first, steps), *others = passes_of(summing_of(1_000, FIRST_US, step_work), FIRST_US, SEGMENTS).values()
-    assert (len(first), steps > STEPS / 2) == (SEGMENTS, True)
-    assert all(len(segments) < SEGMENTS for segments, _ in others)
-    assert {segment for segments, _ in others for segment in segments} == set(range(SEGMENTS))
+    (first, steps), *others = passes_of(summing_of(1_000, FIRST_US, step_work), FIRST_US, PARTITIONS).values()
+    assert (len(first), steps > STEPS / 2) == (PARTITIONS, True)
+    assert all(len(partitions) < PARTITIONS for partitions, _ in others)
+    assert {partition for partitions, _ in others for partition in partitions} == set(range(PARTITIONS))
 
 
-@pytest.mark.parametrize(("segments", "passes"), [(4, 255), (1, 128), (0.5, 64)])
+@pytest.mark.parametrize(("partitions", "passes"), [(4, 255), (1, 128), (0.5, 64)])
 def test_a_node_to_which_too_much_for_a_pass_came_at_once_compares_it_all_the_same(
-    segments: float, passes: int
+    partitions: float, passes: int
 ) -> None:
-    """For so many segments there is room in a pass."""
-    a_segment = 1_000 * (SUM_WORK + ORIGIN_WORK + ENTRY_WORK) // SEGMENTS
-    step_work = int(segments * a_segment * 1.2 / STEPS)
+    """For so many partitions there is room in a pass."""
+    a_partition = 1_000 * (SUM_WORK + ORIGIN_WORK + ENTRY_WORK) // PARTITIONS
+    step_work = int(partitions * a_partition * 1.2 / STEPS)
     done = passes_of(summing_of(1_000, FIRST_US, step_work), FIRST_US, 256)
     assert 0 not in done
-    # The more a segment is beyond what a pass may cost, the fewer passes there are.
+    # The more a partition is beyond what a pass may cost, the fewer passes there are.
     assert len(done) == passes
-    assert {segment for each, _ in done.values() for segment in each} == set(range(SEGMENTS))
-    assert min(len(each) for each, _ in done.values()) >= int(segments)
+    assert {partition for each, _ in done.values() for partition in each} == set(range(PARTITIONS))
+    assert min(len(each) for each, _ in done.values()) >= int(partitions)
 
 
 @pytest.mark.parametrize("looked", ["hardly at any bucket", "at all but nobody compares"])
@@ -408,7 +408,7 @@ def test_a_pass_that_was_given_up_for_another_reason_says_nothing_about_the_next
     if not hardly:
         summing.pause()
     done = passes_of(summing, FIRST_US + EVERY_US, 2)
-    assert [len(segments) for segments, _ in done.values()] == [SEGMENTS] * 2
+    assert [len(partitions) for partitions, _ in done.values()] == [PARTITIONS] * 2
 
 
 def test_a_step_is_taken_in_pieces() -> None:
@@ -523,7 +523,7 @@ def exchange_of_nothing() -> tuple[Exchange, Peer, Round]:
     return Exchange(summing, store, peer, leads=True), peer, own
 
 
-ZEROES = [0] * SEGMENT_RANGES
+ZEROES = [0] * PARTITION_RANGES
 
 
 @pytest.mark.interpreted
@@ -531,7 +531,7 @@ ZEROES = [0] * SEGMENT_RANGES
     "frame",
     [
         pb.Digest(at_us=MAX_TIME_US + 1),
-        pb.Digest(segments=[SEGMENTS], sums=ZEROES),
+        pb.Digest(segments=[PARTITIONS], sums=ZEROES),
         pb.Digest(segments=[0, 0], sums=ZEROES * 2),
         pb.Digest(segments=[0], sums=ZEROES[1:]),
         pb.Summary(range=RANGES),
@@ -585,8 +585,8 @@ def test_a_range_of_more_buckets_than_fit_into_a_frame_is_left_out(buckets: int,
     own, _ = next_round(summing, FIRST_US)
     peer = peer_that(lambda key: None, store)
     exchange = Exchange(summing, store, peer, leads=False)
-    # The peer has nothing in its last segment.
-    assert hear(exchange, peer, pb.Digest(at_us=own.at_us, segments=[SEGMENTS - 1], sums=ZEROES)) == (0, 1)
+    # The peer has nothing in its last partition.
+    assert hear(exchange, peer, pb.Digest(at_us=own.at_us, segments=[PARTITIONS - 1], sums=ZEROES)) == (0, 1)
     frame = exchange.take_frame()
     assert (frame is not None) == is_sent
     if frame is not None:
@@ -697,20 +697,20 @@ def test_a_peer_without_room_is_not_told_of_keys_again_and_again() -> None:
 
 
 @pytest.mark.parametrize("stride", [1, 2, 4, 8, 16, 32])
-def test_each_segment_has_its_turn_however_seldom_a_node_has_a_pass(stride: int) -> None:
+def test_each_partition_has_its_turn_however_seldom_a_node_has_a_pass(stride: int) -> None:
     start = NOW_US // EVERY_US // stride * stride
-    # Enough for one segment in each pass, which the first few find out.
+    # Enough for one partition in each pass, which the first few find out.
     each, before = 17, 4
-    step_work = each * (SEGMENTS * LOOK_WORK + SUM_WORK + ENTRY_WORK + 13) // STEPS
-    keys = [key for segment in range(SEGMENTS) for key in keys_of_range(segment * SEGMENT_RANGES, each)]
+    step_work = each * (PARTITIONS * LOOK_WORK + SUM_WORK + ENTRY_WORK + 13) // STEPS
+    keys = [key for partition in range(PARTITIONS) for key in keys_of_range(partition * PARTITION_RANGES, each)]
     # At a moment at which the order changes, too.
     for start_pass in (start, start // 4096 * 4096 - 20 * stride):
         first_us = (start_pass - before * stride) * EVERY_US
         summing = Summing(store_with(keys, first_us, SLOW), first_us - 1, step_work=step_work)
-        done = passes_of(summing, first_us, (before + 2 * SEGMENTS) * stride, stride)
-        passes = [segments for number, (segments, _) in done.items() if number >= before * stride]
-        assert [len(segments) for segments in passes] == [1] * 2 * SEGMENTS
-        assert frozenset().union(*passes) == set(range(SEGMENTS))
+        done = passes_of(summing, first_us, (before + 2 * PARTITIONS) * stride, stride)
+        passes = [partitions for number, (partitions, _) in done.items() if number >= before * stride]
+        assert [len(partitions) for partitions in passes] == [1] * 2 * PARTITIONS
+        assert frozenset().union(*passes) == set(range(PARTITIONS))
 
 
 SLOW = Limit(1, 100 * SECOND_US, 200)
@@ -741,7 +741,7 @@ def test_a_peer_is_told_no_more_because_of_one_pass_than_a_bound_though_it_alter
 def test_a_digest_is_answered_once() -> None:
     store, summing, own = whole_pass(50)
     exchange = Exchange(summing, store, peer_that(lambda _key: None, store), leads=False)
-    digest = pb.Digest(at_us=own.at_us, segments=range(SEGMENTS), sums=[1] * RANGES)
+    digest = pb.Digest(at_us=own.at_us, segments=range(PARTITIONS), sums=[1] * RANGES)
     for summaries in (RANGES, 0):
         done(exchange.receive_steps(digest))
         for _ in range(summaries):
