@@ -53,11 +53,11 @@ class Needs(NamedTuple):
     spared: int = 0
 
 
-class Drawn(NamedTuple):
+class DrawReply(NamedTuple):
     """What an account answers, in whole tokens.
 
     Args:
-        kept: how much of the former grant goes on: `Draw.kept`, or 0 when the grant had ended.
+        kept: how much of the former grant goes on: `DrawRequest.kept`, or 0 when the grant had ended.
         tokens: drawn by this call.
         room: granted by this call.
         left: what the account has left.
@@ -70,7 +70,7 @@ class Drawn(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Draw:
+class DrawRequest:
     """The request of one bucket in a call to the account, in whole tokens.
 
     Args:
@@ -92,7 +92,7 @@ class Draw:
 
 class GrantedBucket(StrictBucket):
     """A strict bucket that spends what its region's account has granted. For each call to the account: `draw` says what
-    to send; then call `drawn` with the answer, `not_done` if nothing was done, or neither when no answer came.
+    to send; then call `grant_received` with the answer, `not_done` if nothing was done, or neither when no answer came.
     """
 
     __slots__ = ("expires_us", "generation", "granted", "left", "lineage", "paced_us", "short_of", "used_us")
@@ -165,7 +165,7 @@ class GrantedBucket(StrictBucket):
         missing = (hits * self._limit.period_us << 32) - self.level
         return max(LEAST_RETRY_US, -(-missing // (self._limit.tokens << 32))) if missing > 0 else 0
 
-    def draw(self, needs: Needs) -> Draw:
+    def draw(self, needs: Needs) -> DrawRequest:
         """What to call for; the caller has advanced the bucket. What goes back is not here any more."""
         token = self._limit.period_us << 32
         is_known = self.generation >= 0
@@ -173,33 +173,33 @@ class GrantedBucket(StrictBucket):
         back = max(0, self.held - needs.most) if is_known else 0
         self.level -= back * token
         kept = min(self.granted, -(-(max(0, self.level) + self.room_reserved) // token))
-        draw = Draw(self.generation, ends, kept, back, needs.wanted, needs.room, needs.spared)
+        request = DrawRequest(self.generation, ends, kept, back, needs.wanted, needs.room, needs.spared)
         # No answer may come.
         self.generation = -1
         self._set_grant(kept)
-        return draw
+        return request
 
-    def drawn(self, draw: Draw, drawn: Drawn, generation: int, sent_us: int) -> None:
-        """The answer to the call.
+    def grant_received(self, request: DrawRequest, grant: DrawReply, generation: int, sent_us: int) -> None:
+        """Take what the account has granted in answer to a request.
 
         Args:
             generation: in which the grant is counted now.
             sent_us: the time before the call was sent.
         """
-        if not drawn.kept:
+        if not grant.kept:
             self.level = min(self.level, 0)
-        self.level += drawn.tokens * self._limit.period_us << 32
-        self._set_grant(drawn.kept + drawn.tokens + drawn.room)
+        self.level += grant.tokens * self._limit.period_us << 32
+        self._set_grant(grant.kept + grant.tokens + grant.room)
         self.generation = generation
         self.expires_us = sent_us + GRANT_US
-        self.left = drawn.left
+        self.left = grant.left
 
-    def not_done(self, draw: Draw) -> None:
+    def not_done(self, request: DrawRequest) -> None:
         """The answer says that nothing was done."""
-        self.level += draw.back * self._limit.period_us << 32
-        if draw.generation >= 0:
-            self.generation = draw.generation
-            self._set_grant(draw.ends)
+        self.level += request.back * self._limit.period_us << 32
+        if request.generation >= 0:
+            self.generation = request.generation
+            self._set_grant(request.ends)
 
     def _set_grant(self, tokens: int) -> None:
         """Set how many tokens may be held here."""

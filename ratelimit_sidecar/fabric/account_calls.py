@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from ratelimit_sidecar.crdt.granted import Draw, Drawn, GrantedBucket, Needs
+from ratelimit_sidecar.crdt.granted import DrawReply, DrawRequest, GrantedBucket, Needs
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.room import Room
 from ratelimit_sidecar.crdt.shares import TOKEN, home_of
@@ -30,7 +30,7 @@ class Asked:
     """What a call asks about one bucket."""
 
     bucket: GrantedBucket
-    draw: Draw
+    request: DrawRequest
     lineage: bytes
 
 
@@ -85,11 +85,12 @@ class AccountCalls:
             *(self._lineage, self._version, str(-(-self._room.most // self._shards))),
         ]
         for each in asked:
-            limit, draw, home = each.bucket.limit, each.draw, each.bucket.home // TOKEN
+            limit, request, home = each.bucket.limit, each.request, each.bucket.home // TOKEN
             rate = limit.tokens * home / (max(1, limit.capacity) * limit.period_us)
-            was = f"{draw.generation} {draw.ends} {draw.kept} {draw.back} {draw.wanted} {draw.room} {draw.spared}"
+            was = f"{request.generation} {request.ends} {request.kept} {request.back}"
+            needed = f"{request.wanted} {request.room} {request.spared}"
             key = each.bucket.key
-            arguments += [key, f"{home} {rate:.17g} {was} {class_of(self._room.rule_key(key))}"]
+            arguments += [key, f"{home} {rate:.17g} {was} {needed} {class_of(self._room.rule_key(key))}"]
         return arguments
 
     @property
@@ -113,14 +114,14 @@ class AccountCalls:
                 self._caller_us = sent_us
                 self._answered = self._number
                 for each, text in zip(asked, texts, strict=True):
-                    self._drawn(each, text, generation, sent_us)
+                    self._receive_grant(each, text, generation, sent_us)
             case _:
                 raise BadRecord("an answer of another script")
 
     def _learn(self, asked: Sequence[Asked], lineage: bytes, version: bytes, members: bytes) -> None:
         if lineage == self._lineage:
             for each in asked:
-                each.bucket.not_done(each.draw)
+                each.bucket.not_done(each.request)
         else:
             self._status.lineages += bool(self._lineage)
             # The server knows of no call of it.
@@ -130,21 +131,21 @@ class AccountCalls:
             self._members_number += 1
         self._lineage, self._version = lineage, version
 
-    def _drawn(self, asked: Asked, text: Any, generation: int, sent_us: int) -> None:
-        draw = asked.draw
+    def _receive_grant(self, asked: Asked, text: Any, generation: int, sent_us: int) -> None:
+        request = asked.request
         try:
             kept, tokens, room, left = map(int, text.split())
         except (AttributeError, ValueError) as error:
             raise BadRecord("an answer of another script") from error
-        if kept not in (0, draw.kept) or not 0 <= tokens <= draw.wanted or not 0 <= room <= draw.room:
+        if kept not in (0, request.kept) or not 0 <= tokens <= request.wanted or not 0 <= room <= request.room:
             raise BadRecord("more than was asked for")
         bucket = asked.bucket
         left = max(0, min(left, bucket.home // TOKEN))
-        bucket.drawn(draw, Drawn(kept, tokens, room, left), generation, sent_us)
-        if tokens < draw.wanted:
+        bucket.grant_received(request, DrawReply(kept, tokens, room, left), generation, sent_us)
+        if tokens < request.wanted:
             bucket.paced_us = sent_us
         self._status.drawn += tokens
-        self._status.returned += draw.back
+        self._status.returned += request.back
 
 
 def members_text(in_force: Iterable[Mapping[str, int]]) -> str:

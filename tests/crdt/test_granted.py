@@ -6,7 +6,7 @@ from young import collected_when_told
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.draw_policy import SOON_US, STANDING_US, draw_needs
-from ratelimit_sidecar.crdt.granted import GRANT_US, Drawn, GrantedBucket, GrantLedger, Needs
+from ratelimit_sidecar.crdt.granted import GRANT_US, DrawReply, GrantedBucket, GrantLedger, Needs
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.payment_policy import RECENT_US
 from ratelimit_sidecar.crdt.shares import Membership, Shares
@@ -18,7 +18,7 @@ NOW_US = 10**12
 
 def holding(tokens: int, *, left: int = 0) -> GrantedBucket:
     bucket = GrantedBucket(b"k", LIMIT, Origin("a", 1), NOW_US)
-    bucket.drawn(bucket.draw(Needs(tokens, tokens)), Drawn(0, tokens, 0, left), 1, NOW_US)
+    bucket.grant_received(bucket.draw(Needs(tokens, tokens)), DrawReply(0, tokens, 0, left), 1, NOW_US)
     return bucket
 
 
@@ -38,18 +38,18 @@ def test_a_grant_ends_and_does_not_come_back() -> None:
     assert bucket.take(1, NOW_US + GRANT_US - 1)
     assert not bucket.take(1, NOW_US + GRANT_US)
     # An answer that comes late.
-    bucket.drawn(bucket.draw(Needs(0, 3)), Drawn(0, 0, 0, 0), 1, NOW_US + GRANT_US)
+    bucket.grant_received(bucket.draw(Needs(0, 3)), DrawReply(0, 0, 0, 0), 1, NOW_US + GRANT_US)
     assert not bucket.take(1, NOW_US + GRANT_US)
 
 
 def test_a_call_ends_the_former_grant_and_counts_what_is_left_of_it() -> None:
     bucket = holding(10)
     bucket.take(4, NOW_US)
-    draw = bucket.draw(Needs(5, 3))
-    assert (draw.ends, draw.kept, draw.back, draw.wanted) == (10, 3, 3, 5)
+    request = bucket.draw(Needs(5, 3))
+    assert (request.ends, request.kept, request.back, request.wanted) == (10, 3, 3, 5)
     # Spent while the call is on its way.
     bucket.take(1, NOW_US)
-    bucket.drawn(draw, Drawn(3, 5, 0, 0), 1, NOW_US)
+    bucket.grant_received(request, DrawReply(3, 5, 0, 0), 1, NOW_US)
     assert (bucket.held, bucket.granted) == (7, 8)
 
 
@@ -58,15 +58,15 @@ def test_what_is_charged_beyond_the_debt_ceiling_is_forgiven_and_the_rest_drawn(
     bucket.take(2**48, NOW_US, always=True)
     owed = bucket.debt
     assert owed <= LIMIT.debt_ceiling // LIMIT.period_us
-    bucket.drawn(bucket.draw(Needs(100, 100)), Drawn(0, 100, 0, 0), 1, NOW_US)
+    bucket.grant_received(bucket.draw(Needs(100, 100)), DrawReply(0, 100, 0, 0), 1, NOW_US)
     assert bucket.debt == owed - 100
 
 
 def test_without_an_answer_it_spends_what_it_holds_until_the_former_end_and_the_next_call_ends_nothing() -> None:
     bucket = holding(10)
     bucket.draw(Needs(5, 6))
-    draw = bucket.draw(Needs(5, 2))
-    assert (draw.generation, draw.ends, draw.kept, draw.back) == (-1, 0, 6, 0)
+    request = bucket.draw(Needs(5, 2))
+    assert (request.generation, request.ends, request.kept, request.back) == (-1, 0, 6, 0)
     assert bucket.take(1, NOW_US + GRANT_US - 1)
     assert not bucket.take(1, NOW_US + GRANT_US)
 
@@ -74,13 +74,13 @@ def test_without_an_answer_it_spends_what_it_holds_until_the_former_end_and_the_
 def test_an_answer_that_nothing_was_done_leaves_all_as_it_was() -> None:
     bucket = holding(10)
     bucket.not_done(bucket.draw(Needs(5, 6)))
-    draw = bucket.draw(Needs(0, 10))
-    assert (draw.generation, draw.ends, draw.kept) == (1, 10, 10)
+    request = bucket.draw(Needs(0, 10))
+    assert (request.generation, request.ends, request.kept) == (1, 10, 10)
 
 
 def test_what_was_kept_is_given_up_when_its_grant_had_ended_for_the_account() -> None:
     bucket = holding(10)
-    bucket.drawn(bucket.draw(Needs(2, 10)), Drawn(0, 2, 0, 0), 5, NOW_US)
+    bucket.grant_received(bucket.draw(Needs(2, 10)), DrawReply(0, 2, 0, 0), 5, NOW_US)
     assert bucket.held == 2
 
 

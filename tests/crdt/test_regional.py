@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ratelimit_sidecar.crdt.bucket import Origin
-from ratelimit_sidecar.crdt.granted import GRANT_US, Drawn, GrantedBucket, Needs
+from ratelimit_sidecar.crdt.granted import GRANT_US, DrawReply, GrantedBucket, Needs
 from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.payment_policy import RECENT_US, Ask, Pay
 from ratelimit_sidecar.crdt.regional import RegionalLedger, regional_needs
@@ -33,8 +33,10 @@ def answered(ledger: RegionalLedger, now_us: int, *, tokens: int = 0, room: int 
     bucket = bucket_of(ledger)
     needs = regional_needs(bucket, now_us)
     assert needs is not None
-    draw = bucket.draw(needs)
-    bucket.drawn(draw, Drawn(draw.kept, min(tokens, needs.wanted), min(room, needs.room), left), 1, now_us)
+    request = bucket.draw(needs)
+    bucket.grant_received(
+        request, DrawReply(request.kept, min(tokens, needs.wanted), min(room, needs.room), left), 1, now_us
+    )
     return needs
 
 
@@ -62,8 +64,8 @@ def test_what_is_paid_goes_into_the_account() -> None:
     assert bucket.held == 20
     needs = regional_needs(bucket, NOW_US)
     assert needs is not None
-    draw = bucket.draw(needs)
-    assert (draw.ends, draw.back, draw.kept) == (30, 20, 0)
+    request = bucket.draw(needs)
+    assert (request.ends, request.back, request.kept) == (30, 20, 0)
 
 
 def test_a_payment_after_the_grant_has_ended_does_not_count() -> None:

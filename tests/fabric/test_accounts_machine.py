@@ -58,11 +58,13 @@ class Resender(AccountCalls):
     def ask(self, bucket: GrantedBucket, needs: Needs) -> Asked | None:
         asked = super().ask(bucket, needs)
         assert asked is not None
-        if asked.draw.generation >= 0:
-            self.last = asked.draw
+        if asked.request.generation >= 0:
+            self.last = asked.request
         elif hasattr(self, "last"):
-            draw = replace(asked.draw, generation=self.last.generation, ends=max(self.last.ends, asked.draw.kept))
-            return Asked(bucket, draw, asked.lineage)
+            request = replace(
+                asked.request, generation=self.last.generation, ends=max(self.last.ends, asked.request.kept)
+            )
+            return Asked(bucket, request, asked.lineage)
         return asked
 
 
