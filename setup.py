@@ -28,7 +28,7 @@ COMPILED = (
     "replication/changes.py",
     "replication/deltas.py",
     "replication/demands.py",
-    "replication/key_numbers.py",
+    "replication/key_ids.py",
     "replication/pings.py",
     "replication/payments.py",
     "replication/lag.py",

@@ -28,7 +28,7 @@ from ratelimit_sidecar.crdt.limit import Limit
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.limiter.key import KEY_ONLY, TOKEN_BUCKET, KeyEntry, encode_bucket_key
 from ratelimit_sidecar.replication.deltas import DeltasWriter
-from ratelimit_sidecar.replication.key_numbers import KeyNumbersReceived, KeyRoom
+from ratelimit_sidecar.replication.key_ids import KeyIdsReceived, KeyRoom
 from ratelimit_sidecar.replication.mesh import Mesh
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import PROTOCOL
@@ -95,7 +95,7 @@ class MemoryPeer:
         self._keys = cycle(keys)
         self._taking = taking
         self._now_us = now_us
-        self._numbers = KeyNumbersReceived(KeyRoom(), "")
+        self._key_ids = KeyIdsReceived(KeyRoom(), "")
         self._said: asyncio.Queue[bytes] = asyncio.Queue()
         self._sent_ns: deque[int] = deque()
         self._pinged_ns: deque[int] = deque()
@@ -136,8 +136,8 @@ class MemoryPeer:
     def _receive(self, deltas: pb.Deltas) -> None:
         for delta in deltas.buckets:
             if delta.key and delta.number:
-                self._numbers.receive(delta.number, delta.key)
-            self._taking.arrived(delta.key or self._numbers.key(delta.number))
+                self._key_ids.receive(delta.number, delta.key)
+            self._taking.arrived(delta.key or self._key_ids.key(delta.number))
         if deltas.ends_full_state:
             self.has_heard_all.set()
         self._say(pb.Frame(ack=pb.Ack(sequence=deltas.sequence)))

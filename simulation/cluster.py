@@ -10,7 +10,7 @@ from zlib import crc32
 from ratelimit_sidecar.crdt import untracked_dict
 from ratelimit_sidecar.crdt.shares import Membership
 from ratelimit_sidecar.limiter.rules import Rules
-from ratelimit_sidecar.replication import key_numbers
+from ratelimit_sidecar.replication import key_ids
 from simulation.loop import SECOND_US, Loop
 from simulation.network import End, Network, Ways, between
 from simulation.node import FLUSH_US, Node
@@ -22,7 +22,7 @@ def stable_order() -> Iterator[None]:
 
     They cut themselves into shards by `hash`, which is salted in every process anew.
     """
-    sharded = (untracked_dict, key_numbers)
+    sharded = (untracked_dict, key_ids)
     for module in sharded:
         module.hash = crc32  # type: ignore[attr-defined]
     try:

@@ -18,8 +18,8 @@ from typing import Final, NamedTuple
 
 from ratelimit_sidecar.crdt.bucket import Bucket
 from ratelimit_sidecar.crdt.store import Store
-from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES, NO_KNOWLEDGE, DeltasWriter, Knowledge
-from ratelimit_sidecar.replication.key_numbers import KeyNumbersGiven
+from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES, NO_KEYS_USED, DeltasWriter, KeyTableUse
+from ratelimit_sidecar.replication.key_ids import KeyIdsGiven
 from ratelimit_sidecar.replication.pace import Steps
 from ratelimit_sidecar.replication.parts import MAX_PART_ENTRIES, NOTHING, Parts, own_part
 
@@ -87,7 +87,7 @@ class Segment:
         """Slot entries in it."""
         self.payload: bytes | None = None
         """Deltas without a sequence; None when it is not encoded, or no more."""
-        self.knowledge: Knowledge = NO_KNOWLEDGE
+        self.key_use: KeyTableUse = NO_KEYS_USED
         """What a stream has to know to understand the payload."""
 
 
@@ -106,7 +106,7 @@ class ChangeLog:
         """Each is called with the buckets of a flush, step by step, and their own slots that changed. It must do no
         I/O."""
         self._segments: deque[Segment] = deque()
-        self._numbers = KeyNumbersGiven()
+        self._key_ids = KeyIdsGiven()
         self._open = Segment(1, 0, now_us)
         """The segment that takes changes; not in `_segments` yet."""
         self._writer: DeltasWriter | None = None
@@ -228,7 +228,7 @@ class ChangeLog:
     def set_clock(self, now_us: int) -> None:
         """The clock was set, and nobody is connected: instants from before mean nothing any more."""
         self._segments.clear()
-        self._numbers = KeyNumbersGiven()
+        self._key_ids = KeyIdsGiven()
         self._writer = None
         self._open = Segment(self._open.number + 1, self._open.changes_before + len(self._open.keys), now_us)
         self._flushed_us = self._created_us = now_us
@@ -240,7 +240,7 @@ class ChangeLog:
             return
         segment = self._open
         if self._has_peers and not segment.keys:
-            self._writer = DeltasWriter(self._store.origin, self._numbers)
+            self._writer = DeltasWriter(self._store.origin, self._key_ids)
         writer = self._writer
         if writer is None:
             # Slots that were dropped meanwhile count too: to look each of them up is half of the work.
@@ -265,7 +265,7 @@ class ChangeLog:
         self._writer = None
         if writer is not None:
             segment.payload = writer.payload()
-            segment.knowledge = writer.knowledge()
+            segment.key_use = writer.key_use()
             self._encoded_bytes += len(segment.payload)
         segment.sealed_us = now_us
         self._segments.append(segment)
@@ -279,7 +279,7 @@ class ChangeLog:
     def _drop_encoding(self, segment: Segment | None) -> None:
         if segment is not None and segment.payload is not None:
             self._encoded_bytes -= len(segment.payload)
-            segment.payload, segment.knowledge = None, NO_KNOWLEDGE
+            segment.payload, segment.key_use = None, NO_KEYS_USED
 
     def _forget(self, now_us: int) -> None:
         for _ in range(FORGOTTEN_SEGMENTS):
@@ -310,15 +310,15 @@ class Cursor:
     up: it is sent each bucket that changed since its cursor, once and with its newest counts.
 
     Args:
-        takes_numbers: False for a peer whose protocol has no numbers for keys: it is not sent encoded segments.
+        takes_key_ids: False for a peer whose protocol has no ids for keys: it is not sent encoded segments.
     """
 
-    def __init__(self, store: Store, log: ChangeLog, *, takes_numbers: bool) -> None:
+    def __init__(self, store: Store, log: ChangeLog, *, takes_key_ids: bool) -> None:
         self._store = store
         self._log = log
-        self._takes_numbers = takes_numbers
+        self._takes_key_ids = takes_key_ids
         self._known = 0
-        """A bit for each key number (`key_numbers`) whose key the stream has carried."""
+        """A bit for each key id (`key_ids`) whose key the stream has carried."""
         self._next = log.end
         """The segment that is sent next."""
         self._passed_us = log.created_us
@@ -350,7 +350,7 @@ class Cursor:
     def take_encoded(self) -> EncodedSegments | None:
         """The next segments, which then are behind the cursor: as many as fit into a batch, so that a peer which has
         fallen back a little gets fewer, larger batches. None when it has to catch up."""
-        if self._catching_up is not None or not self._takes_numbers:
+        if self._catching_up is not None or not self._takes_key_ids:
             return None
         keys: list[bytes] = []
         entries = 0
@@ -360,8 +360,8 @@ class Cursor:
             keys += segment.keys
             entries += segment.entries
             # Deltas of one sender, one after the other, are one Deltas.
-            payload += segment.knowledge.missing(self._known) + segment.payload
-            self._known |= segment.knowledge.all
+            payload += segment.key_use.missing(self._known) + segment.payload
+            self._known |= segment.key_use.all
             self._next += 1
             self._passed_us = segment.created_us
             following = self._log.get(self._next)
@@ -377,7 +377,7 @@ class Cursor:
     def parts(self) -> Parts:
         """What the peer has to catch up with."""
         if self._catching_up is None:
-            # The segments that it passes over give numbers to keys, which it misses.
+            # The segments that it passes over give ids to keys, which it misses.
             self._known = 0
             self._catching_up = self._catch_up()
         return self._catching_up
@@ -389,7 +389,7 @@ class Cursor:
 
     def _catch_up(self) -> Parts:
         log = self._log
-        end = log.next_encoded(self._next + 1) if self._takes_numbers else log.end
+        end = log.next_encoded(self._next + 1) if self._takes_key_ids else log.end
         since_us = self.created_us or self._passed_us
         try:
             for key in log.keys(self._next, end):

@@ -14,11 +14,11 @@ from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.limit import MAX_EXPONENT, MAX_PERIOD_US, MIN_EXPONENT, AnyLimit
 from ratelimit_sidecar.crdt.slot import REFUND, slot_exponent, slot_start_us
 from ratelimit_sidecar.crdt.store import LimitOfKey, Store
-from ratelimit_sidecar.replication.key_numbers import (
-    MAX_NUMBERED_KEY_BYTES,
-    MAX_NUMBERS,
-    KeyNumbersGiven,
-    KeyNumbersReceived,
+from ratelimit_sidecar.replication.key_ids import (
+    MAX_KEY_IDS,
+    MAX_KEY_WITH_ID_BYTES,
+    KeyIdsGiven,
+    KeyIdsReceived,
     KeyRoom,
 )
 from ratelimit_sidecar.replication.pace import Pace
@@ -53,13 +53,13 @@ _ROUGH_ORIGIN_BYTES: Final = 16
 """About the bytes of an origin without its node's name."""
 
 
-class Knowledge(NamedTuple):
-    """Which key numbers a payload uses and gives (`key_numbers`): what its reader must know, and then knows.
+class KeyTableUse(NamedTuple):
+    """Which key ids a payload uses and gives (`key_ids`): what its reader must know, and then knows.
 
     Args:
-        used: a bit for each number that the payload has in place of a key. The stream must have carried that key.
-        given: a bit for each number that the payload gives to a key.
-        keys: of the numbers in `used`. A dict of numbers and bytes, which the cycle collector does not look at; of
+        used: a bit for each id that the payload has in place of a key. The stream must have carried that key.
+        given: a bit for each id that the payload gives to a key.
+        keys: of the ids in `used`. A dict of numbers and bytes, which the cycle collector does not look at; of
             pairs there would be a hundred thousand in all segments, and to look at them all takes 20 ms.
     """
 
@@ -69,19 +69,19 @@ class Knowledge(NamedTuple):
 
     @property
     def all(self) -> int:
-        """A bit for each number whose key a reader of the payload knows."""
+        """A bit for each id whose key a reader of the payload knows."""
         return self.used | self.given
 
     def missing(self, known: int) -> bytes:
-        """The part of a Deltas to be sent first: the keys of the numbers that are used and not among `known`."""
+        """The part of a Deltas to be sent first: the keys of the ids that are used and not among `known`."""
         missing = self.used & ~known
         if not missing:
             return b""
-        named = [pb.BucketDelta(key=key, number=number) for number, key in self.keys.items() if missing >> number & 1]
+        named = [pb.BucketDelta(key=key, number=key_id) for key_id, key in self.keys.items() if missing >> key_id & 1]
         return pb.Deltas(buckets=named).SerializeToString()
 
 
-NO_KNOWLEDGE: Final = Knowledge(0, 0, {})
+NO_KEYS_USED: Final = KeyTableUse(0, 0, {})
 
 
 class DeltasWriter:
@@ -89,10 +89,10 @@ class DeltasWriter:
 
     Args:
         sender: whose entries need no mention of their origin.
-        numbers: for the keys; None to write them in full.
+        key_ids: for the keys; None to write them in full.
     """
 
-    def __init__(self, sender: Origin, numbers: KeyNumbersGiven | None = None) -> None:
+    def __init__(self, sender: Origin, key_ids: KeyIdsGiven | None = None) -> None:
         self.deltas = pb.Deltas()
         self.entries = 0
         """Slot entries written."""
@@ -101,7 +101,7 @@ class DeltasWriter:
         self.keys: list[bytes] = []
         """The keys of the buckets in it."""
         self._origins = {sender: 0}
-        self._numbers = numbers
+        self._key_ids = key_ids
         self._used: dict[int, bytes] = {}
         self._given: set[int] = set()
 
@@ -109,9 +109,9 @@ class DeltasWriter:
         """A Deltas without a sequence."""
         return self.deltas.SerializeToString()
 
-    def knowledge(self) -> Knowledge:
-        """The key numbers that the payload uses and gives."""
-        return Knowledge(_bits(self._used), _bits(self._given), self._used)
+    def key_use(self) -> KeyTableUse:
+        """The key ids that the payload uses and gives."""
+        return KeyTableUse(_bits(self._used), _bits(self._given), self._used)
 
     def add(self, bucket: Bucket, base: Base | None, entries: Sequence[Entry]) -> None:
         """Tell of `bucket` these entries and, unless None, this base scaled by the bucket's period.
@@ -120,13 +120,13 @@ class DeltasWriter:
         """
         delta = self.deltas.buckets.add()
         is_new = True
-        if self._numbers is not None and len(bucket.key) <= MAX_NUMBERED_KEY_BYTES:
-            number, is_new = self._numbers.number(bucket.key)
-            delta.number = number
+        if self._key_ids is not None and len(bucket.key) <= MAX_KEY_WITH_ID_BYTES:
+            key_id, is_new = self._key_ids.id_of(bucket.key)
+            delta.number = key_id
             if is_new:
-                self._given.add(number)
-            elif number not in self._given:
-                self._used[number] = bucket.key
+                self._given.add(key_id)
+            elif key_id not in self._given:
+                self._used[key_id] = bucket.key
         if is_new:
             delta.key = bucket.key
             self.rough_bytes += len(bucket.key)
@@ -138,7 +138,7 @@ class DeltasWriter:
         try:
             self._add_state(delta, bucket, base, entries)
         except ValueError as error:
-            # What is left says which number the key has.
+            # What is left says which id the key has.
             for part in ("base", "runs", "refunds"):
                 delta.ClearField(part)
             if bucket.journal is not None:
@@ -200,10 +200,10 @@ class DeltasWriter:
         return number
 
 
-def _bits(numbers: Iterable[int]) -> int:
-    bits = bytearray(MAX_NUMBERS // 8 + 1)
-    for number in numbers:
-        bits[number >> 3] |= 1 << (number & 7)
+def _bits(key_ids: Iterable[int]) -> int:
+    bits = bytearray(MAX_KEY_IDS // 8 + 1)
+    for key_id in key_ids:
+        bits[key_id >> 3] |= 1 << (key_id & 7)
     return int.from_bytes(bits, "little")
 
 
@@ -229,7 +229,7 @@ class DeltasReader:
         sender: the peer.
         is_proven: True when it is known to be the one that it says it is. Then its word outweighs what others have said
             of it; otherwise anybody could lower what it has taken.
-        room, address: see `KeyNumbersReceived`.
+        room, address: see `KeyIdsReceived`.
     """
 
     def __init__(
@@ -245,15 +245,15 @@ class DeltasReader:
         self.is_newest = True
         """False once the sender sends Deltas on a newer stream: what still comes on this one may be older, and corrects
         nothing."""
-        self._numbers = KeyNumbersReceived(KeyRoom() if room is None else room, address)
+        self._key_ids = KeyIdsReceived(KeyRoom() if room is None else room, address)
         self._limit_of_key: LimitOfKey | None = None
         self._limits: list[AnyLimit | Literal[False] | None] = []
-        """By number, under the rules of `_limit_of_key`: to find a key's rule takes as long as all else together. False
+        """By key id, under the rules of `_limit_of_key`: to find a key's rule takes as long as all else together. False
         for one that was not looked for yet."""
 
     def close(self) -> None:
         """Free what it remembers of keys."""
-        self._numbers.close()
+        self._key_ids.close()
 
     def apply_steps(
         self,
@@ -313,25 +313,25 @@ class DeltasReader:
         if self._limit_of_key is not limit_of_key:
             self._limit_of_key = limit_of_key
             self._limits.clear()
-        key, number = delta.key, delta.number
-        if not key and number:
-            key = self._numbers.key(number)
-            if number < len(self._limits):
-                known = self._limits[number]
+        key, key_id = delta.key, delta.number
+        if not key and key_id:
+            key = self._key_ids.key(key_id)
+            if key_id < len(self._limits):
+                known = self._limits[key_id]
                 if known is not False:
                     return key, known
         else:
             check_key(key)
-            if number:
-                self._numbers.receive(number, key)
+            if key_id:
+                self._key_ids.receive(key_id, key)
         try:
             limit = limit_of_key(key)
         except ValueError as error:
             raise ProtocolError(Reason.BAD_KEY, str(error)) from error
-        if number:
-            if number >= len(self._limits):
-                self._limits += [False] * (number + 1 - len(self._limits))
-            self._limits[number] = limit
+        if key_id:
+            if key_id >= len(self._limits):
+                self._limits += [False] * (key_id + 1 - len(self._limits))
+            self._limits[key_id] = limit
         return key, limit
 
 

@@ -214,7 +214,7 @@ class Outbox:
         self._peer = peer
         awaits_request = compares and not self._is_told_all
         self._sources = _Sources(
-            Cursor(self._store, self.log, takes_numbers=compares),
+            Cursor(self._store, self.log, takes_key_ids=compares),
             SideLog(self._store),
             Snapshots(self._store, self.log, peer, awaits_request=awaits_request),
         )

@@ -19,7 +19,7 @@ from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.changes import MAX_BATCH_BUCKETS, ChangeLog
 from ratelimit_sidecar.replication.deltas import OnNews
 from ratelimit_sidecar.replication.demands import Demands
-from ratelimit_sidecar.replication.key_numbers import KeyRoom
+from ratelimit_sidecar.replication.key_ids import KeyRoom
 from ratelimit_sidecar.replication.pace import Steps
 from ratelimit_sidecar.replication.payments import PaymentExchange
 from ratelimit_sidecar.replication.peer import BatchTracer, Peer, PeerStream

@@ -39,7 +39,7 @@ from ratelimit_sidecar.replication.deltas import (
     DeltasReader,
     DeltasWriter,
 )
-from ratelimit_sidecar.replication.key_numbers import MAX_NUMBERED_KEY_BYTES, KeyNumbersGiven
+from ratelimit_sidecar.replication.key_ids import MAX_KEY_WITH_ID_BYTES, KeyIdsGiven
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import MAX_FRAME_BYTES, ProtocolError, Reason
 
@@ -297,13 +297,13 @@ def test_a_bucket_under_steady_load_from_three_regions_encodes_to_less_than_a_ki
     assert len(writer.payload()) < 1_000
 
 
-def test_a_number_means_another_limit_once_there_are_other_rules() -> None:
+def test_a_key_id_means_another_limit_once_there_are_other_rules() -> None:
     store = store_of(node("b"))
-    numbers, reader = KeyNumbersGiven(), DeltasReader(A)
+    key_ids, reader = KeyIdsGiven(), DeltasReader(A)
     bucket = TokenBucket(KEY, PER_USER, A, NOW_US)
     for tokens, rules, unknown in ((1, RULES, 0), (2, ELSEWHERE, 1), (3, RULES, 0)):
         store.limit_of_key = rules.replicated_limit_of_key
-        writer = DeltasWriter(A, numbers)
+        writer = DeltasWriter(A, key_ids)
         writer.add(bucket, None, [Entry(A, slot_id(NOW_US, PER_USER.exponent), tokens)])
         assert bool(writer.deltas.buckets[0].key) is (tokens == 1)
         assert apply_all(reader, store, writer.deltas, NOW_US).unknown_keys == unknown
@@ -346,26 +346,26 @@ def held(store: Store, bucket: Bucket) -> list[Entry]:
 def test_what_does_not_fit_into_the_protocol_is_left_out_and_what_follows_is_told(
     base: Base | None, bad: list[Entry]
 ) -> None:
-    store, reader, journal, numbers = store_of(node("b")), DeltasReader(A), Journal(), KeyNumbersGiven()
+    store, reader, journal, key_ids = store_of(node("b")), DeltasReader(A), Journal(), KeyIdsGiven()
     buckets = [TokenBucket(key_of(value), PER_USER, A, NOW_US, journal) for value in ("ann", "bob")]
     good = Entry(Origin("c", 1), slot_id(NOW_US, PER_USER.exponent), 3)
-    writer = DeltasWriter(A, numbers)
+    writer = DeltasWriter(A, key_ids)
     writer.add(buckets[0], base, bad)
     writer.add(buckets[1], None, [good])
     apply_all(reader, store, pb.Deltas.FromString(writer.payload()), NOW_US)
     assert [held(store, bucket) for bucket in buckets] == [[], [good]]
     assert journal.left_out == 1
     assert journal.left_out_error
-    # The number that was given with it holds.
-    writer = DeltasWriter(A, numbers)
+    # The id that was given with it holds.
+    writer = DeltasWriter(A, key_ids)
     writer.add(buckets[0], None, [good])
     apply_all(reader, store, pb.Deltas.FromString(writer.payload()), NOW_US)
     assert [held(store, bucket) for bucket in buckets] == [[good], [good]]
 
 
 def test_a_long_key_is_sent_in_full_each_time() -> None:
-    writer = DeltasWriter(A, KeyNumbersGiven())
-    bucket = TokenBucket(b"x" * (MAX_NUMBERED_KEY_BYTES + 1), PER_USER, A, NOW_US)
+    writer = DeltasWriter(A, KeyIdsGiven())
+    bucket = TokenBucket(b"x" * (MAX_KEY_WITH_ID_BYTES + 1), PER_USER, A, NOW_US)
     for _ in range(2):
         writer.add(bucket, None, [Entry(A, slot_id(NOW_US, PER_USER.exponent), 1)])
     assert [(delta.key, delta.number) for delta in writer.deltas.buckets] == [(bucket.key, 0)] * 2
@@ -373,12 +373,12 @@ def test_a_long_key_is_sent_in_full_each_time() -> None:
 
 def test_what_has_to_be_known_of_a_payload_is_nothing_to_the_cycle_collector() -> None:
     """Of a hundred thousand keys in all segments it would look at all at once."""
-    store, numbers = store_of(node("a")), KeyNumbersGiven()
+    store, key_ids = store_of(node("a")), KeyIdsGiven()
     buckets = [take(store, f"user{number}", 1, NOW_US) for number in range(100)]
     for _ in range(2):
-        writer = DeltasWriter(A, numbers)
+        writer = DeltasWriter(A, key_ids)
         for bucket in buckets:
             writer.add(bucket, None, list(bucket.entries()))
-    knowledge = writer.knowledge()
-    assert list(knowledge.keys.values()) == [bucket.key for bucket in buckets]
-    assert not gc.is_tracked(knowledge.keys)
+    use = writer.key_use()
+    assert list(use.keys.values()) == [bucket.key for bucket in buckets]
+    assert not gc.is_tracked(use.keys)

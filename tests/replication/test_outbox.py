@@ -39,7 +39,7 @@ from ratelimit_sidecar.replication.changes import (
     Cursor,
 )
 from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES, MAX_SLOT_TOKENS, DeltasReader
-from ratelimit_sidecar.replication.key_numbers import MAX_NUMBERED_KEY_BYTES, MAX_NUMBERS
+from ratelimit_sidecar.replication.key_ids import MAX_KEY_IDS, MAX_KEY_WITH_ID_BYTES
 from ratelimit_sidecar.replication.lag import Batch
 from ratelimit_sidecar.replication.outbox import (
     LOOKED_BUCKETS,
@@ -244,15 +244,15 @@ def test_whatever_buckets_hold_a_peer_takes_each_frame(shapes: list[tuple[int, i
         assert len(copy.taken) == min(len(bucket.taken), MAX_ORIGINS)
 
 
-def test_a_peer_takes_a_frame_of_the_longest_keys_of_which_it_knows_no_number() -> None:
+def test_a_peer_takes_a_frame_of_the_longest_keys_of_which_it_knows_no_id() -> None:
     store = Store(A.origin, lambda _key: PER_USER)
-    numbered = [b"%3d" % number + b"x" * (MAX_NUMBERED_KEY_BYTES - 3) for number in range(MAX_BATCH_BUCKETS - 4)]
+    with_ids = [b"%3d" % number + b"x" * (MAX_KEY_WITH_ID_BYTES - 3) for number in range(MAX_BATCH_BUCKETS - 4)]
     long = [b"%d" % number + b"x" * (MAX_KEY_BYTES - 1) for number in range(4)]
     outbox = new_outbox(store)
     for now_us in (NOW_US, NOW_US + MS):
-        for key in numbered if now_us == NOW_US else numbered + long:
+        for key in with_ids if now_us == NOW_US else with_ids + long:
             store.bucket(key, PER_USER, now_us).take(1, now_us)
-        # What the first flush tells gives the keys their numbers, and comes before the stream.
+        # What the first flush tells gives the keys their ids, and comes before the stream.
         note(outbox, now_us)
         if now_us == NOW_US:
             # It has yet to say which snapshot it wants.
@@ -261,7 +261,7 @@ def test_a_peer_takes_a_frame_of_the_longest_keys_of_which_it_knows_no_number() 
     peer.limit_of_key = store.limit_of_key
     for number, batch in enumerate(drained(outbox), 1):
         apply_all(reader, peer, read_frame(write_deltas(pb.Deltas(sequence=number), batch.payload)).deltas, NOW_US)
-    assert {bucket.key for bucket in peer} == {*numbered, *long}
+    assert {bucket.key for bucket in peer} == {*with_ids, *long}
 
 
 def test_a_bucket_too_large_for_a_batch_is_told_in_parts() -> None:
@@ -870,7 +870,7 @@ def test_a_peer_out_of_reach_is_neither_told_nor_passed_anything() -> None:
     assert outbox.pending_buckets == 0
 
 
-def test_a_key_that_is_told_of_again_is_a_number() -> None:
+def test_a_key_that_is_told_of_again_is_an_id() -> None:
     store = store_of(A)
     outbox = opened(store)
     sizes = []
@@ -1169,7 +1169,7 @@ def test_what_a_peer_wants_to_be_told_does_not_matter_when_it_was_told_everythin
     assert keys_told(drained(outbox, NOW_US + 61 * SECOND_US)) == set()
 
 
-def test_who_keeps_up_is_sent_the_same_bytes_and_a_new_number_only_with_its_key() -> None:
+def test_who_keeps_up_is_sent_the_same_bytes_and_a_new_id_only_with_its_key() -> None:
     store = store_of(A)
     first = opened(store)
     late = Outbox(store, first.log)
@@ -1185,7 +1185,7 @@ def test_who_keeps_up_is_sent_the_same_bytes_and_a_new_number_only_with_its_key(
             assert batch is not None
             payloads.append(batch.payload)
             assert outbox.acknowledged(NOW_US) is batch
-    # The one that came later has not heard of the number before.
+    # The one that came later has not heard of the id before.
     _, second, to_late, third, again = payloads
     assert to_late.endswith(second)
     assert to_late != second
@@ -1214,7 +1214,7 @@ def test_who_has_fallen_back_a_little_is_sent_as_much_as_fits_into_a_batch() -> 
     assert tokens_of(heard) == tokens_of(store)
 
 
-def test_who_falls_behind_what_is_encoded_catches_up_and_then_understands_the_numbers() -> None:
+def test_who_falls_behind_what_is_encoded_catches_up_and_then_understands_the_ids() -> None:
     store = store_of(A)
     outbox = opened(store)
     heard, reader = store_of(B), DeltasReader(A.origin)
@@ -1224,8 +1224,8 @@ def test_who_falls_behind_what_is_encoded_catches_up_and_then_understands_the_nu
         batch = next_batch(outbox)
         assert batch is not None
         apply_all(reader, heard, deltas_of(batch), NOW_US)
-    # The peer has heard of the number as ann's; bob gets it in a segment that it is not sent any more.
-    fill(store, MAX_NUMBERS - 1)
+    # The peer has heard of the id as ann's; bob gets it in a segment that it is not sent any more.
+    fill(store, MAX_KEY_IDS - 1)
     note(outbox)
     for index in range(ENCODED_SEGMENTS):
         take(store, f"user {index}" if index % 2 else "bob", 1, NOW_US)
@@ -1284,7 +1284,7 @@ def test_looking_at_what_was_told_already_counts_as_work() -> None:
 def test_a_peer_that_is_far_away_is_sent_what_is_encoded_for_all() -> None:
     store = store_of(A)
     log = ChangeLog(store, NOW_US)
-    cursor = Cursor(store, log, takes_numbers=True)
+    cursor = Cursor(store, log, takes_key_ids=True)
     # 400 ms there and back, with a flush every 2 ms.
     for _ in range(200):
         take(store, "ann", 1, NOW_US)
