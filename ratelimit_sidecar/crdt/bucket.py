@@ -462,7 +462,7 @@ class Bucket(ABC):
         """
         if self.journal is not None:
             if before < limit.urgent_from <= after:
-                self.journal.hurry(self)
+                self.journal.mark_urgent(self)
             elif after <= limit.ceiling and (before ^ after) >> limit.step_bits:
                 self.journal.urgent.add(self)
 

@@ -135,7 +135,7 @@ class Journal:
         self.buckets.clear()
         self.urgent = UrgentBuckets()
 
-    def hurry(self, bucket: Bucket) -> None:
+    def mark_urgent(self, bucket: Bucket) -> None:
         """Note a bucket that has become nearly used up: peers should learn of it before others, and at once."""
         self.urgent.add(bucket)
         self.on_urgent()

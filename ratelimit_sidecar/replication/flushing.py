@@ -10,7 +10,7 @@ URGENT_FLUSH_SECONDS = 0.002
 
 
 class Flushing:
-    """Calls `flush` at an interval. After `hurry` it does so at once, or `URGENT_FLUSH_SECONDS` after the last.
+    """Calls `flush` at an interval. After `flush_soon` it does so at once, or `URGENT_FLUSH_SECONDS` after the last.
 
     Args:
         flush: what it raises ends `run`.
@@ -39,7 +39,7 @@ class Flushing:
             if self._timer is not None:
                 self._timer.cancel()
 
-    def hurry(self) -> None:
+    def flush_soon(self) -> None:
         """Flush as soon as may be, since something is urgent. O(1), for the request path."""
         if self._timer is not None:
             self._timer.cancel()

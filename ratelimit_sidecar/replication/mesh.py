@@ -204,7 +204,7 @@ class Mesh:
     def _kept_running(self) -> Mapping[str, Callable[[], Awaitable[None]]]:
         kept: dict[str, Callable[[], Awaitable[None]]] = {
             "mesh_flush": self._flush_forever,
-            # As often as a flush; nothing hurries it.
+            # As often as a flush; nothing is urgent about it.
             "mesh_compare": Flushing(self._compare, self._limits.flush).run,
             "mesh_dial": self._dialler.run,
         }
@@ -278,7 +278,7 @@ class Mesh:
 
     async def _flush_forever(self) -> None:
         flushing = Flushing(self._flush, self._limits.flush)
-        self._replicator.store.journal.on_urgent = flushing.hurry
+        self._replicator.store.journal.on_urgent = flushing.flush_soon
         await flushing.run()
 
     async def _flush(self) -> None:

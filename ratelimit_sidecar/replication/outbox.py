@@ -48,7 +48,7 @@ RESUME_MARGIN_US: Final = 2_000_000
 own clocks, and were received a while after they were written."""
 
 MAX_UNACKNOWLEDGED: Final = 256
-"""The most batches on their way. Hurried flushes, 2 ms apart, fill them in 512 ms, longer than a round trip between any
+"""The most batches on their way. Urgent flushes, 2 ms apart, fill them in 512 ms, longer than a round trip between any
 two places on Earth, so a flush does not wait for an acknowledgement."""
 
 MAX_UNACKNOWLEDGED_BUCKETS: Final = 32 * MAX_BATCH_BUCKETS
@@ -173,10 +173,10 @@ class Outbox:
         if self._sources is not None:
             self._sources.side.repair(key)
 
-    def hurry(self, bucket: Bucket) -> None:
+    def send_urgent(self, bucket: Bucket) -> None:
         """Send what this node just took from a bucket before all else that the peer has yet to be sent."""
         if self._sources is not None:
-            self._sources.side.hurry(bucket)
+            self._sources.side.send_urgent(bucket)
 
     def snapshot(self, since_us: int) -> None:
         """Send a snapshot of what was written since then, some of which the peer may have missed."""

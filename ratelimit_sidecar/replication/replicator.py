@@ -34,7 +34,7 @@ from ratelimit_sidecar.replication.wire import MAX_MEMBERS
 HELD_UP_BUCKETS = 4 * MAX_BATCH_BUCKETS
 """A peer with more changes than this to be sent is sent urgent buckets before their turn."""
 
-HURRIED_BUCKETS = 16
+URGENT_BUCKETS = 16
 """The most urgent buckets that are sent at the start of a flush; one more is sent in each step. So they are a small
 part of what is sent, although each is sent again in its turn."""
 
@@ -91,13 +91,13 @@ class Replicator:
         called at each flush."""
         changes = self.changes
         end = changes.end
-        self._hurry(HURRIED_BUCKETS)
+        self._send_urgent(URGENT_BUCKETS)
         for _ in changes.flush_steps(now_us, has_peers=any(peer.streams for peer in self.peers.values())):
             if changes.end > end:
                 self._tell_changes(end)
                 end = changes.end
             yield
-            self._hurry(1)
+            self._send_urgent(1)
         if changes.end > end:
             self._tell_changes(end)
         for stream in self.streams():
@@ -118,7 +118,7 @@ class Replicator:
             elif not stream.is_paused:
                 stream.wake()
 
-    def _hurry(self, most: int) -> None:
+    def _send_urgent(self, most: int) -> None:
         """Send peers that have much else to be sent some urgent buckets before their turn."""
         journal = self.store.journal
         most = min(most, len(journal.urgent))
@@ -129,7 +129,7 @@ class Replicator:
         for peer in self.peers.values():
             if peer.outbox.pending_changes + unflushed > HELD_UP_BUCKETS:
                 for bucket in urgent:
-                    peer.outbox.hurry(bucket)
+                    peer.outbox.send_urgent(bucket)
                 peer.wake()
 
     def compare_steps(self, now_us: int) -> Steps:

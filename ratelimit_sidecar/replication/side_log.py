@@ -29,7 +29,7 @@ class SideLog:
         # Emptied from the front, which a plain dict does in time proportional to what was removed before.
         self._relayed: OrderedDict[bytes, dict[tuple[Origin, int], None]] = OrderedDict()
         self._repairs: OrderedDict[bytes, None] = OrderedDict()
-        self._hurried = UrgentBuckets()
+        self._urgent = UrgentBuckets()
         self._parts: Parts | None = None
         self._now_us = 0
         self._relayed_since_us = MAX_TIME_US
@@ -38,7 +38,7 @@ class SideLog:
     @property
     def pending(self) -> int:
         """Buckets that wait; more than 0 while there is anything to tell."""
-        return len(self._relayed) + len(self._repairs) + len(self._hurried) + (self._parts is not None)
+        return len(self._relayed) + len(self._repairs) + len(self._urgent) + (self._parts is not None)
 
     def relay(self, bucket: Bucket, entries: Sequence[Entry]) -> bool:
         """Relay these entries: they are news that no other node sends to the peer.
@@ -71,9 +71,9 @@ class SideLog:
         """Send the peer everything about one bucket."""
         self._repairs[key] = None
 
-    def hurry(self, bucket: Bucket) -> None:
+    def send_urgent(self, bucket: Bucket) -> None:
         """Send the peer soon what this node took from a bucket."""
-        self._hurried.add(bucket)
+        self._urgent.add(bucket)
 
     def parts(self, now_us: int) -> Parts:
         """All that waits, taken out as it is iterated."""
@@ -87,9 +87,9 @@ class SideLog:
         self._parts = None
 
     def _take(self) -> Parts:
-        while self._hurried or self._relayed or self._repairs:
-            if self._hurried:
-                yield from own_part(self._store, self._hurried.pop().key, self._now_us - RECENT_US)
+        while self._urgent or self._relayed or self._repairs:
+            if self._urgent:
+                yield from own_part(self._store, self._urgent.pop().key, self._now_us - RECENT_US)
             if self._relayed:
                 key, slots = self._relayed.popitem(last=False)
                 bucket = tellable(self._store, key)

@@ -199,7 +199,7 @@ def test_what_a_slow_peer_has_yet_to_hear_is_bounded_by_the_live_buckets() -> No
     assert_converged(cluster)
 
 
-def test_what_one_hurried_flush_after_the_other_tells_reaches_a_peer_far_away_within_the_bound() -> None:
+def test_what_one_urgent_flush_after_the_other_tells_reaches_a_peer_far_away_within_the_bound() -> None:
     delay_us = 150 * MS
     cluster = Cluster(8, "ab", RULES, ways=between("ab", delay_us))
     cluster.run_until_settled()

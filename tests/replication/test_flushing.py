@@ -61,7 +61,7 @@ async def flushed_at(seconds: float, during: Callable[[Flushing], None] = lambda
 
 
 def at(seconds: float, flushing: Flushing) -> None:
-    asyncio.get_running_loop().call_later(seconds, flushing.hurry)
+    asyncio.get_running_loop().call_later(seconds, flushing.flush_soon)
 
 
 def test_it_flushes_at_once_and_then_evenly_until_it_is_cancelled(runner: asyncio.Runner) -> None:
@@ -74,20 +74,20 @@ def test_what_is_urgent_is_flushed_at_once_when_the_last_flush_is_some_time_ago(
 
 
 def test_urgent_flushes_keep_a_distance_however_much_is_urgent(runner: asyncio.Runner) -> None:
-    def hurry(flushing: Flushing) -> None:
+    def something_is_urgent(flushing: Flushing) -> None:
         for microseconds in range(0, 5_000, 100):
             at(microseconds / 1e6, flushing)
 
-    flushes = runner.run(flushed_at(0.01, hurry))
+    flushes = runner.run(flushed_at(0.01, something_is_urgent))
     assert flushes == pytest.approx([0.0, URGENT_FLUSH_SECONDS, 2 * URGENT_FLUSH_SECONDS, 3 * URGENT_FLUSH_SECONDS])
 
 
 def test_nothing_is_flushed_for_what_gets_urgent_before_or_after(runner: asyncio.Runner) -> None:
-    def hurry(flushing: Flushing) -> None:
-        flushing.hurry()
+    def something_is_urgent(flushing: Flushing) -> None:
+        flushing.flush_soon()
         at(0.05, flushing)
 
-    assert runner.run(flushed_at(0.01, hurry)) == [0.0]
+    assert runner.run(flushed_at(0.01, something_is_urgent)) == [0.0]
 
 
 def test_a_flush_that_fails_ends_it(runner: asyncio.Runner) -> None:

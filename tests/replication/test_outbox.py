@@ -830,19 +830,19 @@ def test_relayed_entries_go_out_with_their_newest_counts_and_a_bucket_to_be_told
     assert copy.taken == bucket.taken
 
 
-def hurried(buckets: int) -> tuple[Store, Outbox, bytes]:
+def with_an_urgent_one(buckets: int) -> tuple[Store, Outbox, bytes]:
     """Of a peer with so many changed buckets yet to be sent, before one of which there is hardly anything left."""
     store = store_of(A)
     outbox = opened(store)
     fill(store, buckets)
     bucket = take(store, "ann", PER_USER.capacity, NOW_US)
     note(outbox, has_peers=True)
-    outbox.hurry(bucket)
+    outbox.send_urgent(bucket)
     return store, outbox, bucket.key
 
 
 def test_a_bucket_that_is_nearly_used_up_does_not_wait_behind_thousands_of_others() -> None:
-    _, outbox, key = hurried(MANY)
+    _, outbox, key = with_an_urgent_one(MANY)
     batches = drained(outbox)
     first, second = next(batches), next(batches)
     copy = told([first, second]).get(key)
@@ -852,10 +852,10 @@ def test_a_bucket_that_is_nearly_used_up_does_not_wait_behind_thousands_of_other
 
 
 def test_so_many_others_are_told_before_their_turn() -> None:
-    store, outbox, _ = hurried(MANY)
+    store, outbox, _ = with_an_urgent_one(MANY)
     before = outbox.pending_buckets
     for index in range(2 * MAX_URGENT_OF_LIMIT):
-        outbox.hurry(bucket_of(store, f"user {index}", NOW_US))
+        outbox.send_urgent(bucket_of(store, f"user {index}", NOW_US))
     assert outbox.pending_buckets == before + MAX_URGENT_OF_LIMIT
     assert len(keys_told(drained(outbox))) == MANY + 1
 
@@ -1043,7 +1043,7 @@ FIXED_HOUR = WindowLimit(1_000, 3_600 * SECOND_US, Window.FIXED)
     ],
     ids=["bucket", "sliding", "fixed"],
 )
-@pytest.mark.parametrize("overtakes", ["hurry", "repair"])
+@pytest.mark.parametrize("overtakes", ["urgent", "repair"])
 def test_what_was_encoded_before_it_was_overtaken_takes_nothing_back(limit: AnyLimit, overtakes: str) -> None:
     store, heard = (Store(local.origin, lambda _key: limit) for local in (A, B))
     outbox, reader = opened(store), DeltasReader(A.origin, is_proven=True)
@@ -1057,8 +1057,8 @@ def test_what_was_encoded_before_it_was_overtaken_takes_nothing_back(limit: AnyL
             store.bucket(b"%d %d" % (number, other), limit, NOW_US).take(1, NOW_US)
         note(outbox)
     bucket.take(3, NOW_US)
-    if overtakes == "hurry":
-        outbox.hurry(bucket)
+    if overtakes == "urgent":
+        outbox.send_urgent(bucket)
     else:
         outbox.repair(bucket.key)
 
@@ -1121,7 +1121,7 @@ def test_what_is_told_amid_a_flush_overtakes_what_that_has_encoded_so_far() -> N
     flush = outbox.log.flush_steps(NOW_US, has_peers=True)
     next(flush)
     bucket.take(3, NOW_US)
-    outbox.hurry(bucket)
+    outbox.send_urgent(bucket)
     found = []
     for steps in ((), flush):
         done(steps)
