@@ -1,19 +1,18 @@
 """When and how much a sidecar draws from its region's account, for one granted bucket. Safety does not depend on it.
 
-It holds what its requests ask for in `SOON_US`, at least as much as the largest request that was denied lately. While
-the account has plenty it holds a part of that as well, for the request that comes after a pause. What is held beyond
-twice as much goes back. Times and amounts are those of `granted.py`.
-"""
+It holds what its requests ask for in `DRAW_AHEAD_US`, at least as much as the largest request that was denied lately.
+While the account has plenty it holds a part of that as well, for the request that comes after a pause. What is held
+beyond twice as much goes back. Times and amounts are those of `granted.py`."""
 
 from __future__ import annotations
 
 from typing import Final
 
 from ratelimit_sidecar.crdt.granted import GRANT_US, GrantedBucket, Needs
-from ratelimit_sidecar.crdt.payment_policy import PACE_SHIFT, RECENT_US
+from ratelimit_sidecar.crdt.payment_policy import PACE_SHIFT, SHORTAGE_US
 from ratelimit_sidecar.crdt.shares import TOKEN
 
-SOON_US: Final = 200_000
+DRAW_AHEAD_US: Final = 200_000
 """Some ticks of 50 ms."""
 
 STANDING_US: Final = 10_000_000
@@ -29,8 +28,8 @@ MOST_PACE_US: Final = 1_000_000
 
 def draw_needs(bucket: GrantedBucket, now_us: int) -> Needs | None:
     """What the bucket needs of its account; None when there is no need to call. The caller has advanced the bucket."""
-    target = -(-bucket.demand * SOON_US // (1_000_000 * TOKEN))
-    if now_us - bucket.denied_us < RECENT_US:
+    target = -(-bucket.demand * DRAW_AHEAD_US // (1_000_000 * TOKEN))
+    if now_us - bucket.denied_us < SHORTAGE_US:
         target = max(target, bucket.short_of)
     else:
         bucket.short_of = 0

@@ -22,19 +22,21 @@ LEAST_PACE_US: Final = 20_000
 PACE_SHIFT: Final = 6
 """A peer is asked again only after 1/64 of the limit has refilled."""
 
-RECENT_US: Final = 500_000
-"""A replica counts as short for this time after a denial. A peer's report (of its level or demand) is used for this
-time; after it the peer is assumed to be full and to have no demand.
-"""
+SHORTAGE_US: Final = 500_000
+"""A replica counts as short for this time after a denial."""
 
-SOON_US: Final = 250_000
+REPORT_US: Final = 500_000
+"""A peer's report (of its level or demand) is used for this time; after it the peer is assumed to be full and to have
+no demand."""
+
+PAY_AHEAD_US: Final = 250_000
 """A replica does not ask for the room that it refills itself in this time (up to a quarter of all room), so that its
 refill still fits until the answers arrive. It does not pay the tokens that its own demand takes in this time. And if
 its home is smaller than eight tokens, it asks a peer that had nothing left again only after this time, because reserved
 room does not refill.
 """
 
-FORGET_US: Final = 2_000_000
+REPORT_FORGOTTEN_US: Final = 2_000_000
 """After this time, what a peer reported to have left no longer bounds what is believed to be there for waiting
 requests.
 """
@@ -119,16 +121,16 @@ class PaymentPolicy:
         if not is_short and (bucket.level >= bucket.ceiling * 3 // 4 or not bucket.demand):
             return {}
         limit, home, room = bucket.limit, bucket.home, bucket.room
-        room -= min(room // 4, bucket.refill * SOON_US)
+        room -= min(room // 4, bucket.refill * PAY_AHEAD_US)
         pace_us = max(LEAST_PACE_US, (limit.ceiling // limit.tokens) >> PACE_SHIFT)
-        slow_pace_us = max(pace_us, SOON_US) if home < 8 * TOKEN else pace_us
+        slow_pace_us = max(pace_us, PAY_AHEAD_US) if home < 8 * TOKEN else pace_us
         # What each is likely to have left: at most as much as this replica's home.
         likely: dict[str, int] = {}
         for peer, stream in streams.items():
             payer = self._peers[peer]
             had_nothing = payer.answered_us != NEVER_US and not payer.left
             if stream not in bucket.reserved and now_us - payer.asked_us >= (slow_pace_us if had_nothing else pace_us):
-                is_known = now_us - payer.answered_us < RECENT_US
+                is_known = now_us - payer.answered_us < REPORT_US
                 likely[peer] = min(home, max(payer.left, home >> 5)) if is_known else home
         total, level, demand = sum(likely.values()), max(0, bucket.level) // limit.period_us, bucket.demand
         asks = {}
@@ -159,11 +161,11 @@ class PaymentPolicy:
             if gives and rank(bucket.key, peer) < rank(bucket.key, bucket.origin.node):
                 return Pay(bucket.pay(peer, ask.amount), 0)
             return Pay(0, 0)
-        kept = max(reserve, bucket.demand * SOON_US // 1_000_000)
+        kept = max(reserve, bucket.demand * PAY_AHEAD_US // 1_000_000)
         if not ask.is_short:
             kept = max(kept, (level + ask.level) // 2)
         spare = max(0, level - kept // TOKEN * TOKEN)
-        total = sum(each.demand for each in self._peers.values() if now_us - each.demand_us < RECENT_US)
+        total = sum(each.demand for each in self._peers.values() if now_us - each.demand_us < REPORT_US)
         if total:
             spare = spare * max(ask.demand, total >> 3) // total
         paid = bucket.pay(peer, min(ask.amount, spare))
@@ -197,21 +199,21 @@ class PaymentPolicy:
     def believed(self, peer: str, now_us: int) -> int:
         """The amount that a peer is believed to have at `now_us`.
 
-        That is what it reported and the refill since, and after `FORGET_US` all that it can have; but 0 for `RECENT_US`
-        after it reported nothing left. A peer that never answered is believed to have as much as this replica's home,
-        and at least a token.
+        That is what it reported and the refill since, and after `REPORT_FORGOTTEN_US` all that it can have; but 0 for
+        `REPORT_US` after it reported nothing left. A peer that never answered is believed to have as much as this
+        replica's home, and at least a token.
         """
         payer, bucket = self._peers[peer], self.bucket
         since_us = now_us - payer.answered_us
         if payer.answered_us == NEVER_US:
             return max(bucket.home, TOKEN)
-        if since_us < RECENT_US and not payer.left:
+        if since_us < REPORT_US and not payer.left:
             return 0
         ceiling, refill = in_grains(bucket.limit, payer.most)
         credit = bucket.credit_of(peer, payer.most)
-        if since_us < FORGET_US:
+        if since_us < REPORT_FORGOTTEN_US:
             credit = min(credit, ceiling, payer.left * bucket.limit.period_us + since_us * refill)
         return credit // bucket.limit.period_us
 
     def _is_short(self, now_us: int) -> bool:
-        return now_us - self.bucket.denied_us < RECENT_US
+        return now_us - self.bucket.denied_us < SHORTAGE_US

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.granted import GrantedBucket, GrantLedger, Needs
 from ratelimit_sidecar.crdt.limit import Limit
-from ratelimit_sidecar.crdt.payment_policy import RECENT_US, RESERVE_SHIFT, SOON_US, Ask, Pay
+from ratelimit_sidecar.crdt.payment_policy import PAY_AHEAD_US, REPORT_US, RESERVE_SHIFT, SHORTAGE_US, Ask, Pay
 from ratelimit_sidecar.crdt.shares import TOKEN
 from ratelimit_sidecar.crdt.store import StoreFull
 from ratelimit_sidecar.crdt.strict import NEVER_US, StrictBucket
@@ -45,9 +45,9 @@ def regional_needs(bucket: GrantedBucket, now_us: int) -> Needs | None:
     """See `crdt.draw_policy.draw_needs`."""
     assert isinstance(bucket, RegionalBucket)
     limit = bucket.limit
-    if now_us - bucket.denied_us < RECENT_US:
-        return Needs(0, 0, limit.capacity, -(-limit.tokens * SOON_US // limit.period_us))
-    if now_us - bucket.asked_us < RECENT_US:
+    if now_us - bucket.denied_us < SHORTAGE_US:
+        return Needs(0, 0, limit.capacity, -(-limit.tokens * PAY_AHEAD_US // limit.period_us))
+    if now_us - bucket.asked_us < REPORT_US:
         spare = bucket.left - (bucket.home // TOKEN >> RESERVE_SHIFT)
         return Needs(max(0, min(bucket.asked, spare) - bucket.held), bucket.asked)
     return Needs(0, 0) if bucket.granted else None
@@ -85,7 +85,7 @@ class RegionalLedger(GrantLedger):
             # It is left in its place for the calls to the account, which drop it when it is over.
             bucket = self._active[0]
             self._active.rotate(-1)
-            if now_us - bucket.denied_us < RECENT_US and len(bucket.key) <= longest_key:
+            if now_us - bucket.denied_us < SHORTAGE_US and len(bucket.key) <= longest_key:
                 for peer, ask in self._all[bucket.key].asks(members, now_us).items():
                     asks.setdefault(peer, {})[bucket.key] = ask
         return asks
@@ -100,7 +100,7 @@ class RegionalLedger(GrantLedger):
             return None
         assert isinstance(bucket, RegionalBucket)
         bucket.advance(now_us)
-        if not ask.is_short or now_us - bucket.denied_us < RECENT_US:
+        if not ask.is_short or now_us - bucket.denied_us < SHORTAGE_US:
             return Pay(0, 0)
         bucket.asked, bucket.asked_us = -(-ask.amount // TOKEN), now_us
         bucket.note_demand(1)

@@ -35,7 +35,7 @@ BATCH_BYTES: Final = 16_384
 server's."""
 
 BUSY_US: Final = 1_000_000
-FORGET_US: Final = 10_000_000
+SHARED_FORGOTTEN_US: Final = 10_000_000
 
 RESTING_TICKS: Final = 20
 """A bucket that rests is asked about at one tick in so many; so is a shard without any, whether it has lost its data.
@@ -235,7 +235,7 @@ class Sharing:
         shared = self._busy.get(bucket.key) or self._resting.get(bucket.key)
         if shared is None:
             # That is no use of it: it is told, and then forgotten.
-            self.note(bucket, None, now_us - FORGET_US)
+            self.note(bucket, None, now_us - SHARED_FORGOTTEN_US)
         else:
             shared.waiting = join_slots(shared.waiting, None)
 
@@ -292,7 +292,7 @@ class Sharing:
         # The clock may have been set back.
         shared.used_us = min(shared.used_us, now_us)
         unused_us = now_us - shared.used_us
-        if unused_us >= FORGET_US and shared.waiting == []:
+        if unused_us >= SHARED_FORGOTTEN_US and shared.waiting == []:
             self._busy.pop(key, None)
             return None
         shared.is_urgent = False

@@ -40,14 +40,14 @@ CATCH_UP_MARGIN_US: Final = 1_000_000
 stood still. Counts that it has already do no harm.
 """
 
-RECENT_US: Final = 10_000_000
+RECENT_CHANGES_US: Final = 10_000_000
 """A node that starts gets a snapshot of everything from one peer. Each other peer sends what it took itself within this
 time, which the first may not have received yet.
 """
 
-RETENTION_US: Final = 2 * RECENT_US
-"""Twice as long, so that a snapshot of recent changes that takes up to RECENT_US still finds them. (A stream whose
-peer acknowledges nothing for that long is closed.)
+RETENTION_US: Final = 2 * RECENT_CHANGES_US
+"""Twice as long, so that a snapshot of recent changes that takes up to RECENT_CHANGES_US still finds them. (A stream
+whose peer acknowledges nothing for that long is closed.)
 """
 
 MAX_CHANGES: Final = 1 << 19
@@ -217,10 +217,10 @@ class ChangeLog:
         return number
 
     def recent_from(self, now_us: int) -> int:
-        """The first segment with changes of the last RECENT_US."""
+        """The first segment with changes of the last RECENT_CHANGES_US."""
         first = self._open.number
         for segment in reversed(self._segments):
-            if segment.sealed_us < now_us - RECENT_US:
+            if segment.sealed_us < now_us - RECENT_CHANGES_US:
                 break
             first = segment.number
         return first

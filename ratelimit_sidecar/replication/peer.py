@@ -19,7 +19,7 @@ from ratelimit_sidecar.replication.rounds import SETTLE_US, Round
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import Reason
 
-LATE_US: Final = 10_000_000
+TOLD_LATE_US: Final = 10_000_000
 """What it tells was written so long ago at most, but for a snapshot: flushes may wait, and its clock may be behind."""
 
 
@@ -153,7 +153,7 @@ class Peer:
     def note_unknown(self, now_us: int) -> None:
         """It has told of a bucket that no rule here knows."""
         # A snapshot may have what is of any age, and an answer what was written since it was asked for.
-        since_us = max(1, now_us - LATE_US) if self.reported.has_ended_snapshot else 1
+        since_us = max(1, now_us - TOLD_LATE_US) if self.reported.has_ended_snapshot else 1
         if self.missed_since_us:
             since_us = min(since_us, self.missed_since_us)
         known_us = self.unknown_since_us

@@ -29,7 +29,7 @@ MAX_DIALLED_IN: Final = 3
 RESTART_US: Final = 2_000_000
 """A node that sent a frame within two pings is alive: another life of it is then another process with the same id."""
 
-FORGET_US: Final = 600_000_000
+PEER_FORGOTTEN_US: Final = 600_000_000
 """A peer that only dials in, and has not for so long, is not coming back: it was replaced under another name."""
 
 

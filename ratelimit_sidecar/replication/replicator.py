@@ -23,7 +23,7 @@ from ratelimit_sidecar.replication.key_ids import KeyRoom
 from ratelimit_sidecar.replication.pace import Steps
 from ratelimit_sidecar.replication.payments import PaymentExchange
 from ratelimit_sidecar.replication.peer import BatchTracer, Peer, PeerStream
-from ratelimit_sidecar.replication.peers import FORGET_US, Peers
+from ratelimit_sidecar.replication.peers import PEER_FORGOTTEN_US, Peers
 from ratelimit_sidecar.replication.relay import TOPOLOGY_CHECK_US, WALK_BACK_US, Relay
 from ratelimit_sidecar.replication.rounds import Summing
 from ratelimit_sidecar.replication.session import LocalNode
@@ -157,7 +157,7 @@ class Replicator:
         if is_full != self._was_full:
             self._was_full = is_full
             self.announce()
-        self.known_peers.forget(now_us - FORGET_US)
+        self.known_peers.forget(now_us - PEER_FORGOTTEN_US)
 
     def set_clock(self, origin: Origin, now_us: int) -> None:
         """The clock was set. To be called when no stream is left; what the buckets need is `Store.go_back`.

@@ -36,7 +36,7 @@ SETTLE_US: Final = 2_000_000
 KEPT_US: Final = 7_000_000
 """A round, and what follows from it, is over by then: three seconds before anything that it compares may be sealed."""
 
-LATE_US: Final = 1_000_000
+ROUND_LATE_US: Final = 1_000_000
 """A round is not begun so long after its instant: it would not end in time."""
 
 PARTITIONS: Final = 16
@@ -282,7 +282,7 @@ class Summing:
             return None
         at_us = now_us // EVERY_US * EVERY_US
         self._due_us = at_us + EVERY_US
-        if now_us > at_us + LATE_US or not self._is_to_be_done(at_us):
+        if now_us > at_us + ROUND_LATE_US or not self._is_to_be_done(at_us):
             return None
         return at_us
 

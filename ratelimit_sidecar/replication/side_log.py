@@ -12,7 +12,7 @@ from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.journal import UrgentBuckets
 from ratelimit_sidecar.crdt.slot import slot_start_us
 from ratelimit_sidecar.crdt.store import Store
-from ratelimit_sidecar.replication.changes import RECENT_US
+from ratelimit_sidecar.replication.changes import RECENT_CHANGES_US
 from ratelimit_sidecar.replication.deltas import MAX_TIME_US
 from ratelimit_sidecar.replication.parts import Parts, in_parts, own_part, tellable, whole
 
@@ -89,7 +89,7 @@ class SideLog:
     def _take(self) -> Parts:
         while self._urgent or self._relayed or self._repairs:
             if self._urgent:
-                yield from own_part(self._store, self._urgent.pop().key, self._now_us - RECENT_US)
+                yield from own_part(self._store, self._urgent.pop().key, self._now_us - RECENT_CHANGES_US)
             if self._relayed:
                 key, slots = self._relayed.popitem(last=False)
                 bucket = tellable(self._store, key)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.store import Store
-from ratelimit_sidecar.replication.changes import RECENT_US, ChangeLog, Forgotten
+from ratelimit_sidecar.replication.changes import RECENT_CHANGES_US, ChangeLog, Forgotten
 from ratelimit_sidecar.replication.lag import earlier
 from ratelimit_sidecar.replication.parts import NOTHING, Parts, own_part, whole
 
@@ -55,13 +55,13 @@ class Snapshots:
         """Begin the snapshot that the peer has asked for.
 
         Args:
-            recent: own changes of the last RECENT_US; everything otherwise.
+            recent: own changes of the last RECENT_CHANGES_US; everything otherwise.
         """
         if self.awaits_request:
             self.awaits_request = False
             self._is_told_recent = recent
             if recent:
-                self._begin_recent(now_us - RECENT_US, now_us)
+                self._begin_recent(now_us - RECENT_CHANGES_US, now_us)
             else:
                 self._next_since_us = None
                 self.begin(0)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from young import collected_when_told
 
 from ratelimit_sidecar.crdt.bucket import Origin
-from ratelimit_sidecar.crdt.draw_policy import SOON_US, STANDING_US, draw_needs
+from ratelimit_sidecar.crdt.draw_policy import DRAW_AHEAD_US, STANDING_US, draw_needs
 from ratelimit_sidecar.crdt.granted import GRANT_US, DrawReply, GrantedBucket, GrantLedger, Needs
 from ratelimit_sidecar.crdt.limit import Limit
-from ratelimit_sidecar.crdt.payment_policy import RECENT_US
+from ratelimit_sidecar.crdt.payment_policy import SHORTAGE_US
 from ratelimit_sidecar.crdt.shares import Membership, Shares
 from ratelimit_sidecar.crdt.strict import DEMAND_US
 
@@ -95,8 +95,8 @@ def test_it_wants_what_it_denied_lately() -> None:
     bucket = holding(0)
     assert not bucket.take(30, NOW_US)
     assert draw_needs(bucket, NOW_US) == Needs(30, 60)
-    bucket.advance(NOW_US + RECENT_US)
-    later = draw_needs(bucket, NOW_US + RECENT_US)
+    bucket.advance(NOW_US + SHORTAGE_US)
+    later = draw_needs(bucket, NOW_US + SHORTAGE_US)
     assert later is not None
     assert later.wanted < 10
 
@@ -109,7 +109,7 @@ def test_it_wants_what_will_be_asked_for_soon() -> None:
     bucket.advance(now_us)
     wanted = draw_needs(bucket, now_us)
     assert wanted is not None
-    assert 50 * SOON_US // 1_000_000 <= wanted.wanted <= 100 * SOON_US // 1_000_000
+    assert 50 * DRAW_AHEAD_US // 1_000_000 <= wanted.wanted <= 100 * DRAW_AHEAD_US // 1_000_000
 
 
 def test_while_there_is_plenty_it_holds_something_for_the_request_after_a_pause() -> None:

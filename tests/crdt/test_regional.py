@@ -5,7 +5,7 @@ from __future__ import annotations
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.granted import GRANT_US, DrawReply, GrantedBucket, Needs
 from ratelimit_sidecar.crdt.limit import Limit
-from ratelimit_sidecar.crdt.payment_policy import RECENT_US, Ask, Pay
+from ratelimit_sidecar.crdt.payment_policy import SHORTAGE_US, Ask, Pay
 from ratelimit_sidecar.crdt.regional import RegionalLedger, regional_needs
 from ratelimit_sidecar.crdt.shares import TOKEN, Membership, Shares
 
@@ -118,7 +118,7 @@ def test_when_nobody_asks_any_more_all_goes_back() -> None:
     ledger.answer("west", KEY, ask, NOW_US)
     answered(ledger, NOW_US, left=40)
     answered(ledger, NOW_US, tokens=10, left=30)
-    later_us = NOW_US + RECENT_US
+    later_us = NOW_US + SHORTAGE_US
     assert answered(ledger, later_us).most == 0
     assert bucket_of(ledger).held == 0
     assert regional_needs(bucket_of(ledger), later_us) is None

@@ -106,7 +106,7 @@ async def test_it_asks_about_buckets_in_use_here_only(server: RedisServer) -> No
         await a.share()
         await b.share()
         assert b.left() == [85]
-        a.now_us += sharing.FORGET_US + SECOND_US
+        a.now_us += sharing.SHARED_FORGOTTEN_US + SECOND_US
         await a.share()
         assert a.fabric.status.buckets == 0
 
@@ -119,7 +119,7 @@ async def test_a_take_that_found_no_room_is_told_once_there_is_some(server: Redi
         a.take("z", 10)
         await a.share()
         assert a.fabric.status.unshared == 1
-        a.now_us += sharing.FORGET_US
+        a.now_us += sharing.SHARED_FORGOTTEN_US
         # The first ticks tell those that had room.
         for _ in range(6):
             await a.share()

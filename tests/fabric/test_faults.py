@@ -288,7 +288,7 @@ async def test_a_server_that_lost_its_data_is_told_what_has_not_been_in_use_for_
     async with sidecars(server, "a", "late") as (a, late), server.client() as client:
         a.take("spent", 160, name)
         await tick_unused(a)
-        a.now_us = late.now_us = NOW_US + sharing.FORGET_US + 2 * SECOND_US
+        a.now_us = late.now_us = NOW_US + sharing.SHARED_FORGOTTEN_US + 2 * SECOND_US
         await tick_unused(a)
         # The token bucket that refills in 4 s has its debt in its base alone.
         for bucket in a.store:

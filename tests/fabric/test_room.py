@@ -29,7 +29,7 @@ from ratelimit_sidecar.fabric.scripts import (
     URGENT_ROOM_SHARE,
     FabricKeys,
 )
-from ratelimit_sidecar.fabric.sharing import FORGET_US
+from ratelimit_sidecar.fabric.sharing import SHARED_FORGOTTEN_US
 
 pytestmark = needs_redis
 
@@ -197,7 +197,7 @@ async def test_what_found_no_room_is_told_whole_once_there_is_some(server: Redis
         assert await b.knows_of(b"flooded x") == 0
         await let_pass(client, 3_600)
         # The others are not in use any more.
-        a.now_us += FORGET_US
+        a.now_us += SHARED_FORGOTTEN_US
         await a.share()
         a.take(b"flooded x", 3)
         await a.share()

@@ -17,7 +17,7 @@ from redis.exceptions import ResponseError
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.granted import COUNTED_US, GRANT_US, GrantedBucket, GrantLedger
 from ratelimit_sidecar.crdt.limit import Limit
-from ratelimit_sidecar.crdt.payment_policy import RECENT_US
+from ratelimit_sidecar.crdt.payment_policy import SHORTAGE_US
 from ratelimit_sidecar.crdt.regional import RegionalLedger, regional_needs
 from ratelimit_sidecar.crdt.shares import Membership, Shares
 from ratelimit_sidecar.fabric.account_calls import members_text
@@ -167,7 +167,7 @@ async def test_what_is_not_used_goes_back(server: RedisServer) -> None:
     async with region_on(server) as region:
         a = region.sidecars["a"]
         await a.draw(60)
-        region.ahead_us += RECENT_US + SECOND_US
+        region.ahead_us += SHORTAGE_US + SECOND_US
         await a.tick()
         assert a.held() < 20
         assert (await left(server))["out"] == a.held()

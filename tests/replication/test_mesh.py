@@ -48,7 +48,7 @@ from ratelimit_sidecar.replication.listener import Listener
 from ratelimit_sidecar.replication.mesh import Mesh
 from ratelimit_sidecar.replication.open_streams import SKEW_US
 from ratelimit_sidecar.replication.payments import PaymentExchange
-from ratelimit_sidecar.replication.peers import FORGET_US
+from ratelimit_sidecar.replication.peers import PEER_FORGOTTEN_US
 from ratelimit_sidecar.replication.stream import Stream
 from ratelimit_sidecar.replication.stream_io import METHOD
 from ratelimit_sidecar.replication.targets import Target
@@ -133,7 +133,7 @@ async def test_a_node_whose_address_has_passed_to_another_one_is_forgotten_in_ti
         async with sidecar("c", listen=address):
             await a.connected_to("c")
             assert {status.node for status in a.mesh.status()} == {"b", "c"}
-            jump_us = FORGET_US
+            jump_us = PEER_FORGOTTEN_US
             await a.until(lambda: {status.node for status in a.mesh.status()} == {"c"})
 
 

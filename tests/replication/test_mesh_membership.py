@@ -34,7 +34,7 @@ from ratelimit_sidecar.replication.dialler import redial_seconds
 from ratelimit_sidecar.replication.limits import DEFAULT_LIMITS, MeshLimits
 from ratelimit_sidecar.replication.open_streams import CERTAIN_US
 from ratelimit_sidecar.replication.payments import PaymentExchange
-from ratelimit_sidecar.replication.peers import FORGET_US
+from ratelimit_sidecar.replication.peers import PEER_FORGOTTEN_US
 from ratelimit_sidecar.replication.resolver import Resolver
 from ratelimit_sidecar.replication.targets import GRACE_US, Target, port_of
 from ratelimit_sidecar.supervision import Supervisor
@@ -305,7 +305,7 @@ async def test_a_peer_that_has_lost_one_of_two_addresses_is_configured_by_the_ot
                 assert gone["address"] == parked["address"]
                 assert events(logs, "peer_lost") == []
             # It is not one that only dials in, which would be forgotten.
-            jump_us = FORGET_US
+            jump_us = PEER_FORGOTTEN_US
             asked = names.asked
             await a.until(lambda: names.asked >= asked + 10)
             assert [status.node for status in a.mesh.status()] == ["b"]

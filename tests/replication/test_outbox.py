@@ -33,7 +33,7 @@ from ratelimit_sidecar.replication.changes import (
     ENCODED_SEGMENTS,
     FLUSH_STEP_BUCKETS,
     FORGOTTEN_SEGMENTS,
-    RECENT_US,
+    RECENT_CHANGES_US,
     RETENTION_US,
     ChangeLog,
     Cursor,
@@ -1137,8 +1137,8 @@ def test_a_peer_that_is_told_everything_by_another_node_is_told_what_is_recent()
     take(store, "old", 1, NOW_US)
     note(outbox, has_peers=False)
     now_us = NOW_US + 60 * SECOND_US
-    take(store, "recent", 1, now_us - RECENT_US // 2)
-    note(outbox, now_us - RECENT_US // 2, has_peers=False)
+    take(store, "recent", 1, now_us - RECENT_CHANGES_US // 2)
+    note(outbox, now_us - RECENT_CHANGES_US // 2, has_peers=False)
     # Whoever has taken it tells of it.
     heard = Entry(C.origin, slot_id(now_us, PER_USER.exponent), 3)
     store.merge(key_of("recent"), None, [heard], now_us)
@@ -1329,10 +1329,10 @@ def test_repairs_are_told_although_there_is_no_room_for_what_is_relayed() -> Non
 
 def test_what_was_lost_before_the_peer_asks_for_what_is_recent_is_told_after_it() -> None:
     store = store_of(A)
-    old = take(store, "old", 5, NOW_US - 2 * RECENT_US)
+    old = take(store, "old", 5, NOW_US - 2 * RECENT_CHANGES_US)
     outbox = new_outbox(store)
     note(outbox)
     outbox.open(B.origin, compares=True)
-    outbox.snapshot(NOW_US - 3 * RECENT_US)
+    outbox.snapshot(NOW_US - 3 * RECENT_CHANGES_US)
     outbox.request(NOW_US, recent=True)
     assert old.key in keys_told(drained(outbox))

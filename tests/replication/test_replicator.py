@@ -30,7 +30,7 @@ from ratelimit_sidecar.replication.changes import FLUSH_STEP_BUCKETS, MAX_BATCH_
 from ratelimit_sidecar.replication.outbox import WHOLE_BATCH_BUCKETS
 from ratelimit_sidecar.replication.pace import PIECE_WORK
 from ratelimit_sidecar.replication.payments import MAX_BATCH, TICK_EVERY_US, PaymentExchange
-from ratelimit_sidecar.replication.peers import FORGET_US, MAX_PEERS, RESTART_US
+from ratelimit_sidecar.replication.peers import MAX_PEERS, PEER_FORGOTTEN_US, RESTART_US
 from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.session import STALL_US
 from ratelimit_sidecar.replication.stream import PEER_PAUSE_US, SNAPSHOT_PAUSE_US, Stream
@@ -590,14 +590,14 @@ def test_a_peer_that_only_dials_in_is_forgotten_a_while_after_it_was_lost() -> N
     inbound, dialled = stream_of(a), stream_of(a, is_dialled=True)
     receive(inbound, hello("b"), NOW_US)
     receive(dialled, hello("c"), NOW_US)
-    flush(a, NOW_US + 2 * FORGET_US)
+    flush(a, NOW_US + 2 * PEER_FORGOTTEN_US)
     assert set(a.peers) == {"b", "c"}
-    lost_us = NOW_US + 2 * FORGET_US
+    lost_us = NOW_US + 2 * PEER_FORGOTTEN_US
     inbound.lost("gone", lost_us)
     dialled.lost("gone", lost_us)
-    flush(a, lost_us + FORGET_US - 1)
+    flush(a, lost_us + PEER_FORGOTTEN_US - 1)
     assert set(a.peers) == {"b", "c"}
-    flush(a, lost_us + FORGET_US)
+    flush(a, lost_us + PEER_FORGOTTEN_US)
     assert set(a.peers) == {"c"}
 
 
