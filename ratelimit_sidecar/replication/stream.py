@@ -44,8 +44,8 @@ is in it, so all together take a fifth of it at most.
 LEAST_PEERS_PAUSE_US = 20_000
 """With so few peers that the pause would be shorter than this there is none: a flush comes no more often."""
 
-InSteps = DeltasReceived | ComparisonReceived | DemandsReceived
-"""Events that take longer than a step."""
+LongEvent = DeltasReceived | ComparisonReceived | DemandsReceived
+"""An event that may take longer than a step: `Inbound.apply_steps` applies it in several."""
 
 
 class Inbound:
@@ -93,7 +93,7 @@ class Inbound:
             self.peer.newest_reader = None
         self._end_span()
 
-    def apply_steps(self, event: InSteps, now_us: int) -> Steps:
+    def apply_steps(self, event: LongEvent, now_us: int) -> Steps:
         """Apply and acknowledge a batch, read demands, or answer a comparison, in steps; no more of them once it is
         closed.
 
@@ -397,7 +397,7 @@ class Stream:
             self._demands_told = demands.write(ping, self._demands_told)
 
     def _handle_steps(self, event: Event, now_us: int) -> Steps:
-        if not isinstance(event, InSteps):
+        if not isinstance(event, LongEvent):
             self._receive(event, now_us)
             return
         if isinstance(event, DeltasReceived) and event.acknowledged is not None:
