@@ -103,14 +103,14 @@ def is_loopback(address: str) -> bool:
         return host.removesuffix(".").lower() == "localhost"
 
 
-ListenAddress = Annotated[str, Expected(_LISTEN, of="text"), AfterValidator(_listen)]
+ListenAddress = Annotated[str, Expected(_LISTEN, quoting="text"), AfterValidator(_listen)]
 """`host:port`, `[ipv6]:port` or `unix:/path`; port 0 is one the system picks."""
 
-TcpListenAddress = Annotated[str, Expected(_LISTEN_TCP, of="text"), AfterValidator(_listen_tcp)]
+TcpListenAddress = Annotated[str, Expected(_LISTEN_TCP, quoting="text"), AfterValidator(_listen_tcp)]
 """`host:port` or `[ipv6]:port`; port 0 is one the system picks."""
 
-PeerAddress = Annotated[str, Expected(_PEER, of="text"), AfterValidator(_peer)]
+PeerAddress = Annotated[str, Expected(_PEER, quoting="text"), AfterValidator(_peer)]
 """`host:port` or `[ipv6]:port`, port 1 to 65535."""
 
-XdsServerAddress = Annotated[str, Expected(_XDS_SERVER, of="text"), AfterValidator(_xds_server)]
+XdsServerAddress = Annotated[str, Expected(_XDS_SERVER, quoting="text"), AfterValidator(_xds_server)]
 """As `PeerAddress`."""

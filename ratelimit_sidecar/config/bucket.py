@@ -30,7 +30,7 @@ def _check_rate(value: Decimal) -> Decimal:
 
 
 TokenCount = Annotated[
-    int, Field(ge=1, le=MAX_CAPACITY), Expected(f"a whole number from 1 to {MAX_CAPACITY}", of="plain")
+    int, Field(ge=1, le=MAX_CAPACITY), Expected(f"a whole number from 1 to {MAX_CAPACITY}", quoting="plain")
 ]
 
 RefillRate = Annotated[
@@ -38,7 +38,7 @@ RefillRate = Annotated[
     BeforeValidator(_to_decimal),
     AfterValidator(_check_rate),
     # Any number of that shape is in range; of the longer ones, those that still have an exact ratio within Limit's.
-    Expected("a number above 0 with at most 12 digits, 9 of them after the point", of="plain"),
+    Expected("a number above 0 with at most 12 digits, 9 of them after the point", quoting="plain"),
 ]
 
 

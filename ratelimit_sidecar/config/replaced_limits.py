@@ -48,10 +48,10 @@ def doubtful_replaces(documents: Iterable[Document]) -> Iterator[Problem]:
         named = {name: tuple(found) for name, found in by_name.items() if name}
         for limit in limits:
             for index, name in enumerate(limit.replaces):
-                yield from _of_entry(limit, index, name, named)
+                yield from _entry_problems(limit, index, name, named)
 
 
-def _of_entry(limit: _Named, index: int, name: str, named: Mapping[str, tuple[_Named, ...]]) -> Iterator[Problem]:
+def _entry_problems(limit: _Named, index: int, name: str, named: Mapping[str, tuple[_Named, ...]]) -> Iterator[Problem]:
     replaced = named.get(name)
     what = quoted(name)
     if replaced is None:

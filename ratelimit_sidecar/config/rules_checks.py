@@ -51,18 +51,18 @@ def contradictions(item: YamlMap, document: Document, at: KeyPath, defaults: Rul
             (*at, "burst"), "burst beside bucket", "bucket alone", "remove it: bucket.capacity is the burst"
         )
     if isinstance(rate_limit, YamlMap):
-        yield from _of_rate_limit(rate_limit, document, (*at, "rate_limit"))
+        yield from _rate_limit_problems(rate_limit, document, (*at, "rate_limit"))
     useless = _why_useless(given, rate_limit)
     for key in _OF_A_LIMIT:
         if key in given and key in useless:
             what, expected, fix = useless[key]
             yield document.problem((*at, key), f"{key} of {what}", expected.format(key=key), fix.format(key=key))
     if "rate_limit" in given or has_bucket:
-        yield from _of_algorithm(item, given - useless.keys(), document, at, defaults.window)
+        yield from _algorithm_problems(item, given - useless.keys(), document, at, defaults.window)
         if "wait" in given - useless.keys():
-            yield from _of_wait(item, document, at, defaults)
+            yield from _wait_problems(item, document, at, defaults)
         if "consistency" not in useless:
-            yield from _of_strict(item, given, document, at, defaults)
+            yield from _strict_problems(item, given, document, at, defaults)
     value = item.source_of("value") or ""
     if item.get("share_threshold") is True and WILDCARD not in value + (item.source_of("key") or ""):
         found = f"share_threshold of {f'the value {quoted(value)}' if value else 'a descriptor without value'}"
@@ -84,10 +84,10 @@ def contradictions_of_mapping(mapping: YamlMap, document: Document, at: KeyPath)
             yield document.problem(at_entries, "an empty list", "entries", fix)
         for number, entry in enumerate(entries if isinstance(entries, YamlList) else ()):
             if isinstance(entry, YamlMap):
-                yield from _of_mapped_entry(entry, document, (*at_entries, number))
+                yield from _mapped_entry_problems(entry, document, (*at_entries, number))
 
 
-def _of_mapped_entry(entry: YamlMap, document: Document, at: KeyPath) -> Iterator[Problem]:
+def _mapped_entry_problems(entry: YamlMap, document: Document, at: KeyPath) -> Iterator[Problem]:
     part = entry.get("from")
     if part is None and entry.get("value") is None:
         yield document.problem((*at, "from"), "nothing", f"one of {', '.join(PARTS)}, or a value", "add from or value")
@@ -117,7 +117,7 @@ def _why_useless(given: set[str], rate_limit: object) -> dict[str, tuple[str, st
     return {}
 
 
-def _of_algorithm(
+def _algorithm_problems(
     item: YamlMap, given: set[str], document: Document, at: KeyPath, default_window: Window | None
 ) -> Iterator[Problem]:
     """Keys that a window does not have."""
@@ -141,7 +141,7 @@ def _of_algorithm(
             yield document.problem((*at, key), found, f"{key} with {BUCKET_ALGORITHM} only", fix.format(key=key))
 
 
-def _of_strict(
+def _strict_problems(
     item: YamlMap, given: set[str], document: Document, at: KeyPath, defaults: RuleDefaults
 ) -> Iterator[Problem]:
     """Keys and settings that a strict limit needs, and keys that it does not have."""
@@ -170,7 +170,7 @@ def _of_strict(
         yield document.problem((*at, "consistency"), found, expected, fix)
 
 
-def _of_wait(item: YamlMap, document: Document, at: KeyPath, defaults: RuleDefaults) -> Iterator[Problem]:
+def _wait_problems(item: YamlMap, document: Document, at: KeyPath, defaults: RuleDefaults) -> Iterator[Problem]:
     """`wait` where it would have no effect: only requests of strict limits wait, and only if the answer is enforced."""
     strict = Consistency.STRICT.value
     found = item.get("consistency") or defaults.consistency.value
@@ -187,7 +187,7 @@ def _of_wait(item: YamlMap, document: Document, at: KeyPath, defaults: RuleDefau
             yield document.problem((*at, "wait"), f"wait beside {beside}", f"wait without {key}", fix)
 
 
-def _of_rate_limit(rate_limit: YamlMap, document: Document, at: KeyPath) -> Iterator[Problem]:
+def _rate_limit_problems(rate_limit: YamlMap, document: Document, at: KeyPath) -> Iterator[Problem]:
     unit = rate_limit.get("unit")
     if rate_limit.get("unlimited") is True:
         # Their requests_per_unit beside unlimited says nothing, and is accepted as it is there.

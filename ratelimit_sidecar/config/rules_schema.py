@@ -164,7 +164,7 @@ ReplacedName = Annotated[
     Expected(_TEXT, or_else="write the name of the rate_limit it replaces, or remove the entry"),
 ]
 Scalar = Annotated[str, Expected("text")]
-Flag = Annotated[bool, Expected("true or false", of="plain")]
+Flag = Annotated[bool, Expected("true or false", quoting="plain")]
 RawDescriptors = Annotated[
     tuple[Annotated[object, Expected("a descriptor")], ...],
     Field(strict=False),
@@ -181,7 +181,7 @@ UnitName = Annotated[
 RequestsPerUnit = Annotated[
     int,
     Field(ge=0, le=MAX_REQUESTS_PER_UNIT),
-    Expected(f"a whole number from 0 to {MAX_REQUESTS_PER_UNIT}", of="plain"),
+    Expected(f"a whole number from 0 to {MAX_REQUESTS_PER_UNIT}", quoting="plain"),
 ]
 Algorithm = Annotated[
     AlgorithmName,
@@ -198,7 +198,9 @@ Wait = Annotated[
     Expected("a time of 1ms to 1s, such as 250ms"),
 ]
 """In microseconds."""
-MaxDebt = Annotated[int, Field(ge=1, le=MAX_MAX_DEBT), Expected(f"a whole number from 1 to {MAX_MAX_DEBT}", of="plain")]
+MaxDebt = Annotated[
+    int, Field(ge=1, le=MAX_MAX_DEBT), Expected(f"a whole number from 1 to {MAX_MAX_DEBT}", quoting="plain")
+]
 ChargeName = Annotated[
     Charge,
     BeforeValidator(_to_charge),

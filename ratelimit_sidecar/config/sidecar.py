@@ -86,19 +86,23 @@ def _with_paths(config: SidecarConfig, completed: Completed, folder: Path) -> Si
         listen = listen.model_copy(update={"tls": _with_tls_paths(listen.tls, "listen.tls", completed, folder)})
     if listen.admin_token_file is not None:
         listen = listen.model_copy(update={"admin_token_file": folder / listen.admin_token_file})
-    kept = config.persistence
-    if kept is not None:
-        files = {"file": kept.file, "password_file": kept.password_file}
-        if kept.tls is not None:
-            kept = kept.model_copy(update={"tls": _with_tls_paths(kept.tls, "persistence.tls", completed, folder)})
-        kept = kept.model_copy(update={name: folder / path for name, path in files.items() if path is not None})
+    persistence = config.persistence
+    if persistence is not None:
+        files = {"file": persistence.file, "password_file": persistence.password_file}
+        if persistence.tls is not None:
+            persistence = persistence.model_copy(
+                update={"tls": _with_tls_paths(persistence.tls, "persistence.tls", completed, folder)}
+            )
+        persistence = persistence.model_copy(
+            update={name: folder / path for name, path in files.items() if path is not None}
+        )
     fabric = config.fabric
     if fabric is not None:
         if fabric.tls is not None:
             fabric = fabric.model_copy(update={"tls": _with_tls_paths(fabric.tls, "fabric.tls", completed, folder)})
         if fabric.password_file is not None:
             fabric = fabric.model_copy(update={"password_file": folder / fabric.password_file})
-    update = {"rules": rules, "xds": xds, "sync": sync, "listen": listen, "persistence": kept, "fabric": fabric}
+    update = {"rules": rules, "xds": xds, "sync": sync, "listen": listen, "persistence": persistence, "fabric": fabric}
     return config.model_copy(update=update)
 
 
@@ -135,23 +139,23 @@ def _contradictions(config: SidecarConfig, document: Document, completed: Comple
         yield from _unreachable(path, ("rules", index), document, "a file or folder that can be read")
         yield from unread(path, config.rules)
     if config.xds is not None:
-        yield from _of_xds(config, document, completed)
+        yield from _xds_problems(config, document, completed)
     if config.persistence is not None:
-        yield from _of_persistence(config.persistence, document)
+        yield from _persistence_problems(config.persistence, document)
     if config.fabric is not None:
-        yield from _of_redis(config.fabric, config.fabric.url, "fabric", document)
+        yield from _redis_problems(config.fabric, config.fabric.url, "fabric", document)
         if config.sync.peers and config.node.region == NodeConfig.model_fields["region"].default:
             expected = "a name that no other region has: what all its sidecars take is known to others under it"
             yield document.problem(("node", "region"), "nothing, beside fabric and sync.peers", expected, "add it")
         if config.persistence is not None:
             fix = "remove one: the Redis of a fabric keeps what was taken"
             yield document.problem(("fabric",), "persistence beside fabric", "one of the two", fix)
-    yield from _of_listener(config, document)
-    yield from _of_mesh(config, document)
-    yield from _of_members(config, document)
+    yield from _listener_problems(config, document)
+    yield from _mesh_problems(config, document)
+    yield from _members_problems(config, document)
 
 
-def _of_xds(config: SidecarConfig, document: Document, completed: Completed) -> Iterator[Problem]:
+def _xds_problems(config: SidecarConfig, document: Document, completed: Completed) -> Iterator[Problem]:
     if config.rules:
         xds = f"{completed.variables['xds'].names} of the environment" if "xds" in completed.variables else "xds"
         yield document.problem(("rules",), f"rules beside {xds}", "one of the two", f"remove rules or {xds}")
@@ -168,35 +172,37 @@ def _of_xds(config: SidecarConfig, document: Document, completed: Completed) -> 
             yield document.problem(("xds", "tls", name), "nothing", f"the {name} that belongs to xds.tls.{other}", fix)
 
 
-def _of_persistence(kept: PersistenceConfig, document: Document) -> Iterator[Problem]:
+def _persistence_problems(persistence: PersistenceConfig, document: Document) -> Iterator[Problem]:
     """Problems of `persistence`: keys that do not go together."""
     at = "persistence"
-    if (kept.file is None) == (kept.url is None):
-        found = "neither file nor url" if kept.file is None else "both file and url"
+    if (persistence.file is None) == (persistence.url is None):
+        found = "neither file nor url" if persistence.file is None else "both file and url"
         yield document.problem((at,), found, "one of the two", "keep one of them")
         return
     for name in ("sentinel", "cluster", "password_file", "password_variable", "tls"):
-        if kept.url is None and getattr(kept, name):
+        if persistence.url is None and getattr(persistence, name):
             yield document.problem((at, name), f"{name} beside file", "it beside url", "remove it")
-    if kept.url is None:
+    if persistence.url is None:
         return
-    yield from _of_redis(kept, kept.url, at, document)
+    yield from _redis_problems(persistence, persistence.url, at, document)
 
 
-def _of_redis(kept: PersistenceConfig | FabricConfig, url: str, at: str, document: Document) -> Iterator[Problem]:
+def _redis_problems(
+    redis: PersistenceConfig | FabricConfig, url: str, at: str, document: Document
+) -> Iterator[Problem]:
     is_unix = url.startswith("unix:")
-    if kept.cluster and (kept.sentinel is not None or is_unix):
+    if redis.cluster and (redis.sentinel is not None or is_unix):
         other = "a unix socket" if is_unix else "sentinel"
         yield document.problem((at, "cluster"), f"true beside {other}", "one of the two", "remove one")
-    if kept.sentinel is not None and is_unix:
+    if redis.sentinel is not None and is_unix:
         yield document.problem((at, "sentinel"), "a name beside a unix socket", "one of the two", "remove one")
-    if "," in url.rpartition("@")[2] and not kept.cluster and kept.sentinel is None:
+    if "," in url.rpartition("@")[2] and not redis.cluster and redis.sentinel is None:
         fix = "name the Sentinels' master in sentinel, or say cluster: true"
         yield document.problem((at, "url"), "several hosts", "one", fix)
-    if kept.password_file is not None and kept.password_variable is not None:
+    if redis.password_file is not None and redis.password_variable is not None:
         found = "password_file beside password_variable"
         yield document.problem((at, "password_file"), found, "one of the two", "remove one")
-    tls = kept.tls
+    tls = redis.tls
     if tls is None:
         return
     if not url.startswith("rediss:"):
@@ -206,13 +212,15 @@ def _of_redis(kept: PersistenceConfig | FabricConfig, url: str, at: str, documen
             yield from _unreachable(path, (at, "tls", name), document, "a file that can be read")
 
 
-def _of_listener(config: SidecarConfig, document: Document) -> Iterator[Problem]:
+def _listener_problems(config: SidecarConfig, document: Document) -> Iterator[Problem]:
     """Problems of `listen`: TLS files that cannot be used, and protection that is asked for but cannot take effect."""
     listen, tls = config.listen, config.listen.tls
     if tls is None:
         return
     paths = TlsPaths(tls.certificate, tls.key, tls.ca)
-    yield from _of_certificate(paths, "listen", document, "a certificate, its key and the authorities of all clients")
+    yield from _certificate_problems(
+        paths, "listen", document, "a certificate, its key and the authorities of all clients"
+    )
     if tls.client_name is not None and tls.ca is None:
         fix = "add the authorities of clients' certificates, or remove client_name"
         yield document.problem(("listen", "tls", "ca"), "nothing", "it beside listen.tls.client_name", fix)
@@ -221,13 +229,13 @@ def _of_listener(config: SidecarConfig, document: Document) -> Iterator[Problem]
         yield document.problem(("listen", "tls"), "TLS for unix sockets alone", "a TCP address in listen.grpc", fix)
 
 
-def _of_mesh(config: SidecarConfig, document: Document) -> Iterator[Problem]:
+def _mesh_problems(config: SidecarConfig, document: Document) -> Iterator[Problem]:
     """Problems of `sync`: between machines it needs TLS, with files that can be used."""
     sync, listen = config.sync, config.listen.sync
     tls = sync.tls
     if tls is not None:
         paths = TlsPaths(tls.certificate, tls.key, tls.ca)
-        yield from _of_certificate(
+        yield from _certificate_problems(
             paths, "sync", document, "a certificate, its key and the authorities of all sidecars"
         )
         if sync.insecure:
@@ -247,7 +255,7 @@ def _of_mesh(config: SidecarConfig, document: Document) -> Iterator[Problem]:
             return
 
 
-def _of_certificate(paths: TlsPaths, section: str, document: Document, expected: str) -> Iterator[Problem]:
+def _certificate_problems(paths: TlsPaths, section: str, document: Document, expected: str) -> Iterator[Problem]:
     """Problems of the files in a section's `tls`."""
     files = {"certificate": paths.certificate, "key": paths.key, "ca": paths.ca}
     missing = [
@@ -265,7 +273,7 @@ def _of_certificate(paths: TlsPaths, section: str, document: Document, expected:
         yield document.problem((section, "tls"), "files that cannot be used", expected, str(error))
 
 
-def _of_members(config: SidecarConfig, document: Document) -> Iterator[Problem]:
+def _members_problems(config: SidecarConfig, document: Document) -> Iterator[Problem]:
     """Problems of `sync.members` and its keys: strict limits are shared safely only if they are right."""
     sync, is_strict = config.sync, config.engine is Consistency.STRICT
     if sync.members is None:

@@ -155,29 +155,29 @@ def _to_call_headers(headers: dict[str, str]) -> dict[str, str]:
 Name = Annotated[
     str,
     AfterValidator(_check_name),
-    Expected(f"a name of 1 to {MAX_NAME_CHARS} printable characters without spaces", of="text"),
+    Expected(f"a name of 1 to {MAX_NAME_CHARS} printable characters without spaces", quoting="text"),
 ]
-FilePath = Annotated[Path, BeforeValidator(_to_path), Expected("the path of a file", of="text")]
+FilePath = Annotated[Path, BeforeValidator(_to_path), Expected("the path of a file", quoting="text")]
 CertificatePath = Annotated[
     Path,
     BeforeValidator(_to_path),
-    Expected("the path of a file", of="text", or_else="add it, or set GRPC_SERVER_TLS_CERT"),
+    Expected("the path of a file", quoting="text", or_else="add it, or set GRPC_SERVER_TLS_CERT"),
 ]
 PrivateKeyPath = Annotated[
     Path,
     BeforeValidator(_to_path),
-    Expected("the path of a file", of="text", or_else="add it, or set GRPC_SERVER_TLS_KEY"),
+    Expected("the path of a file", quoting="text", or_else="add it, or set GRPC_SERVER_TLS_KEY"),
 ]
-RulesPath = Annotated[Path, BeforeValidator(_to_path), Expected("the path of a file or folder", of="text")]
+RulesPath = Annotated[Path, BeforeValidator(_to_path), Expected("the path of a file or folder", quoting="text")]
 PeerNames = Annotated[
     str,
     AfterValidator(_check_pattern),
-    Expected("a DNS name or URI, in which {node}, {region} and * may stand", of="text"),
+    Expected("a DNS name or URI, in which {node}, {region} and * may stand", quoting="text"),
 ]
 ClientName = Annotated[
     str,
     AfterValidator(_check_client_name),
-    Expected("a DNS name, IP address or URI, in which * may stand", of="text"),
+    Expected("a DNS name, IP address or URI, in which * may stand", quoting="text"),
 ]
 Engine = Annotated[
     Consistency,
@@ -189,45 +189,49 @@ Members = Annotated[
     Expected("a mapping of node ids to weights, whole numbers, as in a: 1"),
     AfterValidator(_check_members),
 ]
-Epoch = Annotated[int, Field(ge=1, le=MAX_EPOCH), Expected(f"a whole number from 1 to {MAX_EPOCH}", of="plain")]
+Epoch = Annotated[int, Field(ge=1, le=MAX_EPOCH), Expected(f"a whole number from 1 to {MAX_EPOCH}", quoting="plain")]
 MaxBuckets = Annotated[
-    int, Field(ge=1, le=MAX_BUCKETS), Expected(f"a whole number from 1 to {MAX_BUCKETS}", of="plain")
+    int, Field(ge=1, le=MAX_BUCKETS), Expected(f"a whole number from 1 to {MAX_BUCKETS}", quoting="plain")
 ]
-Ratio = Annotated[float, BeforeValidator(_to_float), Field(ge=0, le=1), Expected("a number from 0 to 1", of="plain")]
+Ratio = Annotated[
+    float, BeforeValidator(_to_float), Field(ge=0, le=1), Expected("a number from 0 to 1", quoting="plain")
+]
 RetrySeconds = Annotated[
     float,
     BeforeValidator(_to_float),
     Field(ge=0.2, le=MAX_RETRY_SECONDS),
-    Expected(f"a number from 0.2 to {MAX_RETRY_SECONDS}", of="plain"),
+    Expected(f"a number from 0.2 to {MAX_RETRY_SECONDS}", quoting="plain"),
 ]
 SnapshotSeconds = Annotated[
     float,
     BeforeValidator(_to_float),
     Field(ge=1, le=MAX_SNAPSHOT_SECONDS),
-    Expected(f"a number from 1 to {MAX_SNAPSHOT_SECONDS}", of="plain"),
+    Expected(f"a number from 1 to {MAX_SNAPSHOT_SECONDS}", quoting="plain"),
 ]
 RedisUrl = Annotated[
     str,
     AfterValidator(_check_redis_url),
-    Expected("redis://host:port/db, rediss:// with TLS, several hosts after commas, or unix:///path?db=0", of="text"),
+    Expected(
+        "redis://host:port/db, rediss:// with TLS, several hosts after commas, or unix:///path?db=0", quoting="text"
+    ),
 ]
 KeyPrefix = Annotated[
     str,
     AfterValidator(_check_prefix),
-    Expected("1 to 64 letters, digits and characters of _ . : -", of="text"),
+    Expected("1 to 64 letters, digits and characters of _ . : -", quoting="text"),
 ]
 BeforeRules = Annotated[Literal["error", "pass"], Expected("error or pass", choices=("error", "pass"))]
 AgeSeconds = Annotated[
     float,
     BeforeValidator(_to_float),
     Field(ge=0, le=MAX_AGE_SECONDS),
-    Expected(f"a number from 0 to {MAX_AGE_SECONDS}", of="plain"),
+    Expected(f"a number from 0 to {MAX_AGE_SECONDS}", quoting="plain"),
 ]
 # A token, as RFC 9110 has it for field names (5.1).
 HeaderName = Annotated[
     str,
     Field(pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}$"),
-    Expected("the name of an HTTP header", of="text"),
+    Expected("the name of an HTTP header", quoting="text"),
 ]
 Texts = Annotated[dict[str, str], Expected("a mapping of text to text")]
 CallHeaders = Annotated[

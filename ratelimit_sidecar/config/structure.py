@@ -27,14 +27,14 @@ class Expected:
 
     Args:
         text: completes "expected ...".
-        of: decides the fix: "text" if a number found there only lacks quotes, "plain" if a text found there may only
-            have quotes too many.
+        quoting: decides the fix: "text" if a number found there only lacks quotes, "plain" if a text found there may
+            only have quotes too many.
         choices: all possible values, for suggestions.
         or_else: the fix if nothing better is known for the value found.
     """
 
     text: str
-    of: Literal["text", "plain", "choice"] = "choice"
+    quoting: Literal["text", "plain", "choice"] = "choice"
     choices: tuple[str, ...] = ()
     or_else: str = ""
 
@@ -50,11 +50,11 @@ class Expected:
         """The fix for a wrong value, which is written as `source` in the file; "" if the text of the problem
         suffices.
         """
-        if self.of == "text" and not isinstance(found, str | dict | list | None):
+        if self.quoting == "text" and not isinstance(found, str | dict | list | None):
             return f"write it in quotes: {quoted(source)}"
         if not isinstance(found, str):
             return self.or_else
-        if self.of == "plain" and found and not isinstance(resolve(found), str):
+        if self.quoting == "plain" and found and not isinstance(resolve(found), str):
             return "remove the quotes"
         return did_you_mean(found, self.choices) or self.or_else
 

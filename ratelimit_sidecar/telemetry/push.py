@@ -134,10 +134,10 @@ def _histograms(samples: Sequence[Sample], began_ns: int, now_ns: int) -> list[H
         labels = tuple(sorted((name, value) for name, value in sample.labels.items() if name != "le"))
         by_labels.setdefault(labels, []).append(sample)
     made = []
-    for labels, of in by_labels.items():
-        totals = [int(sample.value) for sample in of if sample.name.endswith("_bucket")]
-        bounds = [float(sample.labels["le"]) for sample in of if sample.name.endswith("_bucket")]
-        (total_sum,) = [sample.value for sample in of if sample.name.endswith("_sum")]
+    for labels, samples_of in by_labels.items():
+        totals = [int(sample.value) for sample in samples_of if sample.name.endswith("_bucket")]
+        bounds = [float(sample.labels["le"]) for sample in samples_of if sample.name.endswith("_bucket")]
+        (total_sum,) = [sample.value for sample in samples_of if sample.name.endswith("_sum")]
         counts = [total - before for total, before in zip(totals, [0, *totals], strict=False)]
         # Minimum and maximum are unknown.
         unknown = float("nan")
