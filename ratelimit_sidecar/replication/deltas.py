@@ -21,7 +21,7 @@ from ratelimit_sidecar.replication.key_ids import (
     KeyIdsReceived,
     KeyRoom,
 )
-from ratelimit_sidecar.replication.pace import Pace
+from ratelimit_sidecar.replication.pace import Pace, Steps
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import ProtocolError, Reason, read_origin
 
@@ -222,6 +222,37 @@ OnNews = Callable[[Bucket, Sequence[Entry]], None]
 """Called with a bucket and entries of which at least one was new here."""
 
 
+class _Joining:
+    """Joins buckets of one frame into a store.
+
+    Args:
+        corrector: the sender, if its word outweighs what others have said of it.
+    """
+
+    def __init__(self, store: Store, now_us: int, corrector: Origin | None, on_news: OnNews | None) -> None:
+        self._store = store
+        self._now_us = now_us
+        self._corrector = corrector
+        self._on_news = on_news
+
+    def join(self, key: bytes, limit: AnyLimit, base: Base | None, entries: Sequence[Entry]) -> None:
+        news = self._store.join(key, limit, base, entries, self._now_us, sender=self._corrector)
+        if news and self._on_news is not None:
+            bucket = self._store.get(key)
+            assert bucket is not None
+            self._on_news(bucket, entries)
+
+    def join_steps(self, key: bytes, limit: AnyLimit | None, base: Base | None, entries: Sequence[Entry]) -> Steps:
+        """Join a bucket of many entries, in steps; no more of it once other rules do not know its key."""
+        for first in range(0, len(entries), PIECE_ENTRIES):
+            if first:
+                yield
+                base, limit = None, self._store.limit_of_key(key)
+            if limit is None:
+                return
+            self.join(key, limit, base, entries[first : first + PIECE_ENTRIES])
+
+
 class DeltasReader:
     """Reads the Deltas of one stream. Call `close` when it is closed.
 
@@ -271,12 +302,13 @@ class DeltasReader:
         _check_size(deltas)
         corrector = self._sender if self._is_proven and self.is_newest and not deltas.overtaken else None
         origins = [self._sender, *[read_origin(origin.node, origin.incarnation) for origin in deltas.origins]]
-        limit_of_key = store.limit_of_key
+        joining = _Joining(store, now_us, corrector, on_news)
         pace = Pace()
         entries_left = MAX_FRAME_ENTRIES
         entries_read = unknown_keys = 0
         for delta in deltas.buckets:
-            key, limit = self._read_key(delta, limit_of_key)
+            # Other rules may have come into force between two steps.
+            key, limit = self._read_key(delta, store.limit_of_key)
             entries = read_entries(delta, origins, entries_left)
             entries_left -= len(entries)
             entries_read += len(entries)
@@ -285,27 +317,16 @@ class DeltasReader:
                 check_base(delta.base)
                 base = None if limit is None else read_base(delta.base, limit)
             unknown_keys += limit is None
-            first = 0
-            while limit is not None:
-                piece = entries if len(entries) <= PIECE_ENTRIES else entries[first : first + PIECE_ENTRIES]
-                news = store.join(key, limit, base, piece, now_us, sender=corrector)
-                if news and on_news is not None:
-                    bucket = store.get(key)
-                    assert bucket is not None
-                    on_news(bucket, piece)
-                first += PIECE_ENTRIES
-                if first >= len(entries):
-                    break
-                base = None
-                yield Applied(entries_read, unknown_keys, False)
-                entries_read = unknown_keys = 0
-                limit_of_key = store.limit_of_key
-                limit = limit_of_key(key)
+            if limit is not None and len(entries) <= PIECE_ENTRIES:
+                joining.join(key, limit, base, entries)
+            elif limit is not None:
+                for _ in joining.join_steps(key, limit, base, entries):
+                    yield Applied(entries_read, unknown_keys, False)
+                    entries_read = unknown_keys = 0
             # When an entry is refused, the whole bucket may have been recounted: that is a long step.
             if pace.ends_piece(len(entries)) or store.journal.refused:
                 yield Applied(entries_read, unknown_keys, False)
                 entries_read = unknown_keys = 0
-                limit_of_key = store.limit_of_key
         yield Applied(entries_read, unknown_keys, True)
 
     def _read_key(self, delta: pb.BucketDelta, limit_of_key: LimitOfKey) -> tuple[bytes, AnyLimit | None]:
