@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import structlog
 
@@ -31,6 +33,24 @@ CERTAIN_US = 2 * RESTART_US
 """A node that is refused for so long because its id is in use is no node that has just restarted."""
 
 _log = structlog.stdlib.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class _FarEnd:
+    """The far end of one stream.
+
+    Args:
+        target: the address at which this node has dialled it; None when it has dialled.
+        certificate: None in plain text.
+        claimed: the node id that it says in its Hello; "" before.
+        is_greeted: this node has received its Hello, and accepted it.
+    """
+
+    target: Target | None
+    certificate: PeerCertificate | None
+    dialler: Dialler
+    claimed: str = ""
+    is_greeted: bool = False
 
 
 class OpenStreams:
@@ -95,35 +115,14 @@ class OpenStreams:
             certificate: of the other end; None in plain text.
         """
         woken = asyncio.Event()
-        claimed = ""
-        is_greeted = False
-
-        def check_peer(origin: Origin, region: str) -> None:
-            nonlocal claimed
-            claimed = origin.node
-            if certificate is not None and self._certificate is not None:
-                certificate.check(self._certificate.peer_names, origin, region)
-            if target is not None:
-                dialler.refuse_redundant(target, origin)
-
-        def note_received() -> None:
-            nonlocal is_greeted
-            self._progress.made()
-            if stream.peer is None:
-                return
-            if is_greeted:
-                self._note_received(stream, stream.peer)
-            elif target is not None:
-                dialler.note_joined(target, stream.peer)
-            is_greeted = True
-
+        far_end = _FarEnd(target, certificate, dialler)
         stream = Stream(
             self._replicator,
             address,
             is_dialled=target is not None,
             wake=woken.set,
             now_us=self._now_us(),
-            check_peer=check_peer,
+            check_peer=partial(self._check_peer, far_end),
             is_proven=certificate is not None,
         )
         self.streams[stream] = None
@@ -136,7 +135,7 @@ class OpenStreams:
                 woken=woken,
                 scheduler=self._scheduler,
                 now_us=self._now_us,
-                on_received=note_received,
+                on_received=partial(self._note_frame, stream, far_end),
                 # A listener ends its calls with a status, which nothing overtakes.
                 linger_seconds=0.0 if target is None else self._limits.goodbye,
                 write_seconds=self._limits.write,
@@ -145,8 +144,27 @@ class OpenStreams:
             if target is not None:
                 target.stream = None
             self._progress.made()
-            self._remove(stream, claimed, target)
+            self._remove(stream, far_end.claimed, target)
         return stream
+
+    def _check_peer(self, far_end: _FarEnd, origin: Origin, region: str) -> None:
+        """See `Stream`: the far end says in its Hello that it is `origin`."""
+        far_end.claimed = origin.node
+        if far_end.certificate is not None and self._certificate is not None:
+            far_end.certificate.check(self._certificate.peer_names, origin, region)
+        if far_end.target is not None:
+            far_end.dialler.refuse_redundant(far_end.target, origin)
+
+    def _note_frame(self, stream: Stream, far_end: _FarEnd) -> None:
+        """Note any frame of the stream."""
+        self._progress.made()
+        if stream.peer is None:
+            return
+        if far_end.is_greeted:
+            self._note_received(stream, stream.peer)
+        elif far_end.target is not None:
+            far_end.dialler.note_joined(far_end.target, stream.peer)
+        far_end.is_greeted = True
 
     def _remove(self, stream: Stream, claimed: str, target: Target | None) -> None:
         """A stream is over.
