@@ -76,6 +76,7 @@ local function begin_lineage(lineage)
 end
 
 local function begin(drawn)
+  -- history, lineage, clock, time
   local known, lineage, clock, last = string.match(redis.call('HGET', key, '@') or '', '^(%S+) (%S+) (%d+) (%d+)$')
   if known ~= history then return begin_lineage(drawn) end
   local step = time - tonumber(last)
@@ -91,6 +92,7 @@ local function count(class, accounts)
 end
 
 local function read_account(text)
+  -- full: when its level is its home; out, former: granted in its generation and in the one before; used: see KEPT_US
   local full, generation, out, former, home, rate, used, class =
     string.match(text, '^(%d+%.%d+) (%d+) (%d+) (%d+) (%d+) (%d[%w.-]*) (%d+) (%d+)$')
   if not tonumber(rate) then return nil end
@@ -124,6 +126,7 @@ DRAW: Final = (
     + """
 local lineage, clock = begin(ARGV[1])
 local caller, call, answered = 'l' .. ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
+-- number, clock
 local done = tonumber(string.match(redis.call('HGET', key, caller) or '0', '^%d+'))
 if lineage == ARGV[5] and done < answered then lineage, clock = begin_lineage(ARGV[1]) end
 if lineage == ARGV[5] then
@@ -143,6 +146,8 @@ local function has_room(class)
 end
 
 local function draw(name, text)
+  -- The account's home and rate; of the former grant the generation that it was counted in, all of it, what goes on and
+  -- what goes back; of the next one tokens, room and what is spared of the room; the class of the rule.
   local home, rate, was, ends, kept, back, wanted, room, spared, class =
     string.match(text, '^(%d+) (%S+) (%-?%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+)$')
   home, rate, was, ends = tonumber(home), tonumber(rate), tonumber(was), tonumber(ends)
@@ -214,6 +219,7 @@ if token < fence then return redis.error_reply('FENCED another gateway has the l
 if token > fence then redis.call('SET', KEYS[3], ARGV[2]) end
 local lineage, clock = begin(ARGV[1])
 local epoch, known = tonumber(ARGV[6]), redis.call('HGET', key, 'members')
+-- epoch, clock
 local named, since = string.match(redis.call('HGET', key, 'named') or '', '^(%d+) (%d+)$')
 named, since = tonumber(named) or 0, tonumber(since) or clock
 if not known or epoch > named or (epoch == named and known ~= ARGV[3]) then
@@ -225,6 +231,7 @@ local found = redis.call('HSCAN', key, ARGV[4], 'COUNT', ARGV[5])
 for i = 1, #found[2], 2 do
   local name, kind = found[2][i], string.sub(found[2][i], 1, 1)
   if kind == 'l' then
+    -- number, clock
     local called = tonumber(string.match(found[2][i + 1], '%d+$')) or 0
     if clock - called > CALLER_FORGOTTEN then redis.call('HDEL', key, name) end
   elseif kind == 'b' then

@@ -159,6 +159,7 @@ end
 
 local function sums_in(text)
   if not text then return end
+  -- What sidecars here took together, and other regions.
   local here, elsewhere = string.match(text, '^(%d+) (%d+)$')
   return tonumber(here), tonumber(elsewhere)
 end
@@ -184,6 +185,7 @@ end
 
 local function dropping(key, keep, span, now)
   -- Returns since when slots are kept, and `keep` as it is to be.
+  -- For how long slots are kept, until when that holds, and the number of slots at which old ones are looked for.
   local kept, till, mark = string.match(keep or '', '^(%d+) (%d+) (%d+)$')
   kept, till, mark = tonumber(kept or 0), tonumber(till or 0), tonumber(mark or 64)
   if span >= kept or till < now then
@@ -262,6 +264,8 @@ local field = 'o' .. ARGV[2]
 local FIRST = 12
 
 local function share(key, index, name, told)
+  -- class, room, version seen, milliseconds to be kept, seconds until full (-1: as before), span and time in
+  -- microseconds, the base's boundary, full, period and tokens (all 0 of a window), and from FIRST on slots and counts.
   local asked = words_of(told)
   local class, room, seen, ttl, full = asked[1], tonumber(asked[2]), asked[3], tonumber(asked[4]), tonumber(asked[5])
   local is_window = asked[10] == '0'
@@ -386,6 +390,7 @@ local since, most_answered = ARGV[5], tonumber(ARGV[6])
 local FIRST = 11
 
 local function receive(key, index, name, text)
+  -- As in SHARE, but for the version seen.
   local told = words_of(text)
   local class, room, ttl = told[1], tonumber(told[2]), tonumber(told[3])
   local found = redis.call('HMGET', key, 'id', 'base', 'keep')
@@ -485,6 +490,7 @@ each that was told '', `-` when there was no room for some of it, or `!` and the
 `base;slot count slot count;slot count`: what was taken here, and elsewhere."""
 
 LEASE: Final = """
+-- The gateway's id and its token.
 local holder, token = string.match(redis.call('GET', KEYS[1]) or '', '^(.*) (%d+)$')
 if not holder then
   local time = redis.call('TIME')
