@@ -164,7 +164,7 @@ class Sidecar:
     """
 
     _gateway: Mesh | None = None
-    """The mesh of the region, made for each turn as its gateway."""
+    """The mesh of the region, made for each term as its gateway."""
 
     def __init__(self, config: SidecarConfig, front_end: FrontEndKind, log: LogWriter) -> None:
         self._config = config
@@ -206,27 +206,9 @@ class Sidecar:
         if config.persistence is not None and config.persistence.file is not None:
             self._purses = PurseFile(config.persistence.file, self.limiter.ledger)
         self._fabric = None if config.fabric is None else self._make_fabric(config.fabric, mesh_limits)
-        self._service = RateLimitService(
-            self.limiter,
-            self.clock.now_us,
-            self._latency,
-            self._tracing.tracer,
-            waits_for_rules=waits_for_rules,
-            waits=None if self.limiter.ledger is None else Waits(self.limiter.ledger.queues, self._strict_us),
-        )
+        self._service = self._make_service(waits_for_rules=waits_for_rules)
         ext_authz = ExtAuthzService(self._service, lambda: self.limiter.rules)
-        services = [SERVICE_NAME, EXT_AUTHZ_SERVICE_NAME]
-        if config.fabric is None:
-            # On a fabric nobody knows all demands: each sidecar would hand out the whole of a limit.
-            services.append(QUOTA_SERVICE_NAME)
-        self._health = HealthService(lambda: not self.missing(), [*services, RATELIMIT_NAME], self._turns)
-        handlers = {
-            **self._service.handlers(),
-            **(self._quotas.handlers() if config.fabric is None else {}),
-            **ext_authz.handlers(),
-            **self._health.handlers(),
-            **ReflectionService([*services, HEALTH_SERVICE_NAME]).handlers(),
-        }
+        self._health, handlers = self._make_handlers(ext_authz)
         certificate = None if config.listen.tls is None else ServerCertificate(config.listen.tls)
         self._h2: H2FrontEnd | None = None
         self._front_end = self._make_front_end(
@@ -243,6 +225,33 @@ class Sidecar:
                 limits=replace(HTTP_LIMITS, idle=round(DEFAULT_LIMITS.idle)),
                 proxies=ProxyPlaces(file_limits.proxies, self._turns),
             )
+
+    def _make_service(self, *, waits_for_rules: bool) -> RateLimitService:
+        return RateLimitService(
+            self.limiter,
+            self.clock.now_us,
+            self._latency,
+            self._tracing.tracer,
+            waits_for_rules=waits_for_rules,
+            waits=None if self.limiter.ledger is None else Waits(self.limiter.ledger.queues, self._strict_us),
+        )
+
+    def _make_handlers(self, ext_authz: ExtAuthzService) -> tuple[HealthService, Handlers]:
+        """The handlers of all gRPC services, with the service that says whether they answer."""
+        services = [SERVICE_NAME, EXT_AUTHZ_SERVICE_NAME]
+        quotas: Handlers = {}
+        if self._config.fabric is None:
+            # On a fabric nobody knows all demands: each sidecar would hand out the whole of a limit.
+            services.append(QUOTA_SERVICE_NAME)
+            quotas = self._quotas.handlers()
+        health = HealthService(lambda: not self.missing(), [*services, RATELIMIT_NAME], self._turns)
+        return health, {
+            **self._service.handlers(),
+            **quotas,
+            **ext_authz.handlers(),
+            **health.handlers(),
+            **ReflectionService([*services, HEALTH_SERVICE_NAME]).handlers(),
+        }
 
     def _make_mesh(self, limits: MeshLimits) -> Mesh:
         config, ledger = self._config, self.limiter.ledger
