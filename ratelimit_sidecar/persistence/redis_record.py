@@ -193,7 +193,7 @@ for i, key in ipairs(KEYS) do
 end
 return answers
 """
-"""KEYS are buckets. Answers for each its fields and values in lines, for `restore`: lists are read more slowly."""
+"""KEYS are buckets. Answers for each fields and values in lines, for `restore_steps`: lists are read more slowly."""
 
 
 class Keys:
@@ -284,27 +284,24 @@ def entry_lines(entries: Iterable[Entry]) -> Iterator[str]:
 _ORIGIN: Final = re.compile(rb"([0-9a-f]{1,16}) (.+)", re.DOTALL)
 
 
-def restore_bucket(key: bytes, limit: AnyLimit, lines: bytes, store: Store, now_us: int) -> None:
-    """Join what `READ` answers of one bucket.
+def restore_steps(key: bytes, limit: AnyLimit, lines: bytes, store: Store, now_us: int) -> Iterator[None]:
+    """Join what `READ` answers of one bucket, in steps; yields after each.
 
     Raises:
         BadRecord: it is malformed; nothing of it has been joined.
     """
     words = lines.split(b"\n")
     record = dict(zip(words[::2], words[1::2], strict=False))
+    entries: list[Entry] = []
     try:
-        _bounded(int(record[AT]), MAX_TIME_US)
-        entries = [
-            entry
-            for field, text in record.items()
-            if field not in (AT, BASE)
-            for entry in _entries(_origin(field), text)
-        ]
-        base = read_base(record[BASE], limit)
+        _bounded(int(record.pop(AT)), MAX_TIME_US)
+        base = read_base(record.pop(BASE), limit)
+        for field, text in record.items():
+            entries += _entries(_origin(field), text)
+            yield
     except (KeyError, ValueError, ProtocolError) as error:
         raise BadRecord(str(error)) from error
-    for _ in store.restore(key, limit, base, entries, now_us):
-        pass
+    yield from store.restore(key, limit, base, entries, now_us)
 
 
 def _origin(field: bytes) -> Origin:

@@ -52,7 +52,7 @@ from ratelimit_sidecar.persistence.redis_record import (
     entry_lines,
     is_worth_keeping,
     join_text,
-    restore_bucket,
+    restore_steps,
 )
 from ratelimit_sidecar.persistence.time_slice import LOOP_SHARE, TimeSlice
 from ratelimit_sidecar.persistence.write_queue import ALL, MAX_WAITING, WriteQueue
@@ -505,7 +505,8 @@ class RedisState:
             # One that has expired since is empty.
             if answer:
                 try:
-                    restore_bucket(key, limit, answer, self._store, self._now_us())
+                    for _ in restore_steps(key, limit, answer, self._store, self._now_us()):
+                        await time_slice.rest_when_due()
                     self.status.restored += 1
                 except BadRecord:
                     self._unreadable += 1
