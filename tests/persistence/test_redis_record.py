@@ -19,6 +19,7 @@ from ratelimit_sidecar.crdt.limit import Limit, Window, WindowLimit
 from ratelimit_sidecar.crdt.slot import slot_id, slot_start_us
 from ratelimit_sidecar.crdt.store import RESTORED_ENTRIES, Store
 from ratelimit_sidecar.crdt.token_bucket import TokenBucket
+from ratelimit_sidecar.persistence.put_off import AheadOfClock
 from ratelimit_sidecar.persistence.redis_record import JOIN, READ, BadRecord, entry_lines, join_text, restore_steps
 from ratelimit_sidecar.persistence.redis_store import entry_lists
 from ratelimit_sidecar.persistence.write_queue import ALL
@@ -51,7 +52,7 @@ async def join(redis: Redis, *told: bytes) -> list[object]:
 async def restored(redis: Redis, name: str, now_us: int) -> Bucket:
     store = make_store(AFTER)
     [lines] = await redis.eval(READ, 1, NAME)
-    for _ in restore_steps(key_of(name), LIMITS[name], lines, store, now_us):
+    for _ in restore_steps(key_of(name), LIMITS[name], lines, store, now_us, ahead=AheadOfClock()):
         pass
     bucket = store.get(key_of(name))
     assert bucket is not None
@@ -284,8 +285,9 @@ async def test_a_bucket_takes_less_than_a_kilobyte(redis: Redis) -> None:
 )
 async def test_what_is_no_bucket_is_refused(record: dict[bytes, bytes]) -> None:
     store = make_store(AFTER)
+    told = b"\n".join(chain(*record.items()))
     with pytest.raises(BadRecord):
-        list(restore_steps(key_of("tokens"), LIMITS["tokens"], b"\n".join(chain(*record.items())), store, NOW_US))
+        list(restore_steps(key_of("tokens"), LIMITS["tokens"], told, store, NOW_US, ahead=AheadOfClock()))
     assert len(store) == 0
 
 
@@ -339,7 +341,7 @@ async def test_what_is_sealed_while_a_bucket_of_many_nodes_is_told_in_steps_coun
         await join(redis, join_text(bucket, lines, now_us))
     read = Store(Origin("reader", 1), lambda _key: limit)
     [told] = await redis.eval(READ, 1, NAME)
-    for _ in restore_steps(b"bucket", limit, told, read, now_us):
+    for _ in restore_steps(b"bucket", limit, told, read, now_us, ahead=AheadOfClock()):
         pass
     found = read.bucket(b"bucket", limit, now_us)
     assert found.fold(now_us) > 0
@@ -359,7 +361,7 @@ async def test_a_bucket_of_many_nodes_is_read_in_small_steps(redis: Redis) -> No
     [told] = await redis.eval(READ, 1, NAME)
     read = Store(Origin("reader", 1), lambda _key: limit)
     joined = [0]
-    for _ in restore_steps(b"bucket", limit, told, read, NOW_US):
+    for _ in restore_steps(b"bucket", limit, told, read, NOW_US, ahead=AheadOfClock()):
         found = read.get(b"bucket")
         joined.append(0 if found is None else len(list(found.entries())))
     # After each node of what was read, and after each piece that was joined but the last.
