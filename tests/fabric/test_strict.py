@@ -148,6 +148,22 @@ async def test_the_first_request_is_denied_and_one_after_a_tick_is_not(server: R
         assert bucket.full_in_us == 300_000
 
 
+async def test_0_hits_pass_after_a_tick_and_in_a_region_without_a_home_never(server: RedisServer) -> None:
+    """What they are charged afterwards is drawn from the account, if there is one."""
+    async with region_on(server) as region, server.client() as client:
+        a = region.sidecars["a"]
+        assert not a.take(0, key=b"n")
+        await a.tick()
+        assert a.take(0, key=b"n")
+        region.members = members_text([{"east": 0, "west": 1}])
+        await region.beat(epoch=2)
+        for _ in range(3):
+            assert not a.take(0, key=b"o")
+            region.ahead_us += GRANT_US
+            await a.tick()
+        assert not await client.hexists(STRICT, "bo")
+
+
 async def test_all_together_draw_no_more_than_there_is(server: RedisServer) -> None:
     async with region_on(server) as region:
         a, b = region.sidecars.values()
