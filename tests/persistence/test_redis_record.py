@@ -291,6 +291,22 @@ async def test_what_is_no_bucket_is_refused(record: dict[bytes, bytes]) -> None:
     assert len(store) == 0
 
 
+@pytest.mark.parametrize("name", ["tokens", "month", "fixed", "sliding"])
+@pytest.mark.parametrize(("later_us", "is_ahead"), [(SECOND_US, False), (-100_000 * SECOND_US, True)])
+async def test_a_bucket_is_ahead_only_of_a_clock_that_is_behind_its_writers(
+    redis: Redis, name: str, later_us: int, is_ahead: bool
+) -> None:
+    bucket = bucket_of(make_store(WRITERS[0]), name, NOW_US)
+    bucket.take(30, NOW_US, always=True)
+    await join(redis, join_text(bucket, entry_lines(bucket.entries()), NOW_US))
+    [lines] = await redis.eval(READ, 1, NAME)
+    ahead = AheadOfClock()
+    for _ in restore_steps(key_of(name), LIMITS[name], lines, make_store(AFTER), NOW_US + later_us, ahead=ahead):
+        pass
+    assert ahead.buckets == is_ahead
+    assert ahead.is_due(NOW_US) is is_ahead
+
+
 async def test_a_base_under_another_limit_keeps_its_tokens(redis: Redis) -> None:
     slow, fast = Limit(1, SECOND_US, 100), Limit(50, SECOND_US, 100)
     store = make_store(WRITERS[0])
