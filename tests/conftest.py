@@ -12,7 +12,7 @@ import structlog
 from hypothesis import Phase, settings
 
 # No deadline: on a busy machine a slow example says nothing about the code.
-settings.register_profile("default", deadline=None, max_examples=50)
+settings.register_profile("default", deadline=None, max_examples=30)
 settings.register_profile("quick", deadline=None, max_examples=15)
 settings.register_profile("thorough", deadline=None, max_examples=100)
 # Of what fails nobody reads the example (dev/mutations).
@@ -23,7 +23,7 @@ settings.register_profile("nightly", deadline=None, max_examples=10_000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
-FIRST = ("e2e", "simulation", "fabric", "persistence", "deploy", "demo", "telemetry")
+FIRST = ("stalls", "chaos", "e2e", "simulation", "fabric", "persistence", "deploy", "demo", "telemetry")
 """Folders whose files take longest. Several processes run a file each, so what takes long must not come last."""
 
 
