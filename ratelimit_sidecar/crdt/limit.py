@@ -24,8 +24,8 @@ SLOTS_PER_REFILL: Final = 32
 """A bucket that refills in 4 s or more does so in 32 to 64 slots: the error of a slot's middle is 1/64 capacity."""
 
 MAX_REFILLS_PER_SLOT: Final = 2
-"""What was taken in a slot counts at one instant. Where that is many times the capacity, a bucket that was never
-overdrawn seems to be, and more is denied than ought to be: up to twice it hardly matters (docs/algorithm.md).
+"""A slot's takes count at one instant. Slots that span more than two refills would show debt that never was, and more
+would be denied than ought to be.
 """
 
 URGENT_SHARE: Final = 8

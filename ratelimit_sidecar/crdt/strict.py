@@ -13,8 +13,8 @@ room: it takes the tokens out of its level and counts them in R until the peer r
 than the peer may use them. The peer *wishes* for a ticket, and uses it only within `TICKET_US` of the wish; what it
 neither uses nor has room for, it returns.
 
-Safety depends on this file alone, and on `shares.py`. `payment_policy.py` decides when and how much is asked for and
-paid.
+Safety depends on this file, `shares.py` and `homes.py`, and on callers that free room only once the stream is closed
+(`replication/payments.py`). `payment_policy.py` decides when and how much is asked for and paid.
 
 A peer's stream is given here as the number of this node's end of it (`end`, see `replication.payments.PaymentOutbox`).
 
@@ -65,7 +65,8 @@ class StrictBucket(Bucket):
         from_us: the time since when it has that; the bucket was empty then.
         now_us: see above for the clock.
         active: the bucket appends itself when a request takes from it. Whoever removes it must reset `is_active`.
-        homes: the home follows it, each change as of its instant; None if the caller alone sets it.
+        homes: source of later homes; each change is applied as of the time it happened. None if the caller alone sets
+            the home.
     """
 
     __slots__ = (
@@ -110,12 +111,13 @@ class StrictBucket(Bucket):
         self.is_active = False
         self.home = home
         self.home_version = 0 if homes is None else homes.version
-        """Of `homes`, or of whoever sets the home: whether it has to be set again; 0 while it is not known."""
+        """Number of the home's last change applied, counted by `homes` or by whoever sets the home: 0 none yet, -1 to
+        be set again."""
         self.withheld = 0
         """Not part of `home`: Envoys have token buckets with this amount."""
         self.held_back = 0
-        """The part of the capacity whose refill Envoys have, not part of `home` either. Another capacity than the one
-        by which it was withheld makes it another amount than `withheld`."""
+        """`withheld`, rescaled after a change of the capacity: the part of it whose refill Envoys have. Not part of
+        `home` either."""
         self.level = 0
         """L, in grains at `at_us`. Below 0 after denied hits that were charged."""
         self.reserved: dict[int, int] = {}

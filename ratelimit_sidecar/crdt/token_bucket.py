@@ -452,9 +452,9 @@ class _Folded(NamedTuple):
 
 
 class Sealing:
-    """Seals what was written down of a bucket, however long ago, as of `now_us`. `add` all, join what that returns,
-    and at last the `base`: a bucket of now ignores slots that are older than its horizon, since by now they are in
-    somebody's base, but nobody has sealed what was written down.
+    """Brings saved state up to date. A live bucket ignores slots older than its horizon, since they are in somebody's
+    base; saved ones were never folded, so they are folded here. Feed every part to `add`, join what it returns, and
+    last join `base`.
 
     Args:
         base: scaled by the period of `limit`; `NO_BASE` if none was written down.
