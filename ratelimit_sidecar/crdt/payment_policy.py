@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from ratelimit_sidecar.crdt.shares import TOKEN, rank
-from ratelimit_sidecar.crdt.strict import NEVER_US, StrictBucket, in_grains
+from ratelimit_sidecar.crdt.strict import NEVER_US, StrictBucket, scaled_home
 
 LEAST_PACE_US: Final = 20_000
 """A peer is asked again after this time at the earliest."""
@@ -207,7 +207,7 @@ class PaymentPolicy:
             return max(bucket.home, TOKEN)
         if since_us < RECENT_US and not payer.left:
             return 0
-        ceiling, refill = in_grains(bucket.limit, payer.most)
+        ceiling, refill = scaled_home(bucket.limit, payer.most)
         credit = bucket.credit_of(peer, payer.most)
         if since_us < FORGET_US:
             credit = min(credit, ceiling, payer.left * bucket.limit.period_us + since_us * refill)

@@ -131,7 +131,7 @@ class StrictBucket(Bucket):
         self._lacking: dict[str, tuple[int, int]] = {}
         """By peer, a lower bound on how many grains its home lacked when it last paid us or was paid by us, and the
         time of that. So no peer is credited with more than it can have (`credit_of`)."""
-        self.ceiling, self.refill = in_grains(limit, home)
+        self.ceiling, self.refill = scaled_home(limit, home)
         """The home (H) in grains, and its refill in grains per microsecond."""
         self._wanted, self._wanted_us = 0, now_us
         self._kept_until_us = 0
@@ -209,7 +209,7 @@ class StrictBucket(Bucket):
     @property
     def _repaid_per_us(self) -> int:
         """The grains of debt that are repaid in a microsecond; without a home as if the whole limit was here."""
-        return in_grains(self._limit, self.home)[1] or self._limit.tokens << 32
+        return scaled_home(self._limit, self.home)[1] or self._limit.tokens << 32
 
     @property
     def debt(self) -> int:
@@ -290,13 +290,13 @@ class StrictBucket(Bucket):
         grains = min(amount, asked) * self._limit.period_us
         # If the limit was lowered meanwhile, there may be less room than was reserved.
         added = max(0, min(grains, self.room, credit))
-        self._lacking[peer] = in_grains(self._limit, most)[0] - credit + added, self.at_us
+        self._lacking[peer] = scaled_home(self._limit, most)[0] - credit + added, self.at_us
         self.level += added
         return amount <= asked and grains <= credit
 
     def credit_of(self, peer: str, most: int) -> int:
         """The most grains that a peer with such a home can have at `at_us`."""
-        ceiling, refill = in_grains(self._limit, most)
+        ceiling, refill = scaled_home(self._limit, most)
         lacking, at_us = self._lacking.get(peer, (0, 0))
         return ceiling - max(0, lacking - (self.at_us - at_us) * refill)
 
@@ -352,7 +352,7 @@ class StrictBucket(Bucket):
             return 0
         credit = self.credit_of(peer, most)
         added = max(0, min((tokens * self._limit.period_us) << 32, credit))
-        self._lacking[peer] = in_grains(self._limit, most)[0] - credit + added, self.at_us
+        self._lacking[peer] = scaled_home(self._limit, most)[0] - credit + added, self.at_us
         self.level += added
         return added
 
@@ -416,7 +416,7 @@ class StrictBucket(Bucket):
         """Set another home from now on, withheld tokens included; the level is cut to it, and debt to its ceiling."""
         self.advance(now_us)
         self.home = max(0, home - max(self.withheld, self.held_back))
-        self.ceiling, self.refill = in_grains(self._limit, self.home)
+        self.ceiling, self.refill = scaled_home(self._limit, self.home)
         self.level = max(self.floor, min(self.level, max(0, self.ceiling - self.room_reserved)))
 
     def is_idle(self, now_us: int) -> bool:
@@ -443,6 +443,6 @@ class StrictBucket(Bucket):
         pass
 
 
-def in_grains(limit: Limit, home: int) -> tuple[int, int]:
+def scaled_home(limit: Limit, home: int) -> tuple[int, int]:
     """The size of a home in grains, and its refill in grains per microsecond."""
     return home * limit.period_us, limit.tokens * home // max(1, limit.capacity)
