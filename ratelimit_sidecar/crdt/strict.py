@@ -19,7 +19,8 @@ Safety depends on this file, `shares.py` and `homes.py`, and on callers that fre
 A peer's stream is given here as the number of this node's end of it (`end`, see `replication.payments.PaymentOutbox`).
 
 Units: amounts, homes among them, are in 2**-32 tokens, a level in *grains*: a token is period_us * 2**32 grains. So
-everything is an integer. Time is microseconds of a clock that never steps.
+everything is an integer. Time is microseconds of a clock that never steps: `strict_us`, beside `now_us`, the wall clock
+of other buckets, which may be set.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class StrictBucket(Bucket):
     Args:
         home: the amount of the limit that is this replica's.
         from_us: the time since when it has that; the bucket was empty then.
-        now_us: see above for the clock.
+        strict_us: the time now; see above for the clock.
         active: the bucket appends itself when a request takes from it. Whoever removes it must reset `is_active`.
         homes: source of later homes; each change is applied as of the time it happened. None if the caller alone sets
             the home.
@@ -97,14 +98,14 @@ class StrictBucket(Bucket):
         key: bytes,
         limit: Limit,
         origin: Origin,
-        now_us: int,
+        strict_us: int,
         *,
         home: int,
         from_us: int,
         active: deque[StrictBucket] | None = None,
         homes: Homes | None = None,
     ) -> None:
-        super().__init__(key, origin, min(from_us, now_us))
+        super().__init__(key, origin, min(from_us, strict_us))
         self._limit = limit
         self._homes = homes
         self._active = deque() if active is None else active
@@ -133,30 +134,30 @@ class StrictBucket(Bucket):
         time of that. So no peer is credited with more than it can have (`credit_of`)."""
         self.ceiling, self.refill = scaled_home(limit, home)
         """The home (H) in grains, and its refill in grains per microsecond."""
-        self._wanted, self._wanted_us = 0, now_us
+        self._wanted, self._wanted_us = 0, strict_us
         self._kept_until_us = 0
         """By then each limit that it has had would have refilled its home."""
         self.denied_us = NEVER_US
         """Time of the last denial."""
-        self.advance(now_us)
+        self.advance(strict_us)
 
     @property
     def limit(self) -> Limit:
         return self._limit
 
-    def would_admit(self, hits: int, now_us: int) -> bool:
+    def would_admit(self, hits: int, strict_us: int) -> bool:
         """See `Bucket.would_admit`. If it would be denied, it counts as demand, as in `take`, so that peers
         are asked.
         """
-        self.advance(now_us)
+        self.advance(strict_us)
         if self.has(hits):
             return True
         self._note_demand(hits)
         self.denied_us = self.at_us
         return False
 
-    def take(self, hits: int, now_us: int, *, always: bool = False) -> bool:
-        self.advance(now_us)
+    def take(self, hits: int, strict_us: int, *, always: bool = False) -> bool:
+        self.advance(strict_us)
         self._note_demand(hits)
         charge = (hits * self._limit.period_us) << 32
         admitted = charge <= self.level
@@ -226,14 +227,14 @@ class StrictBucket(Bucket):
     def _refilled_in_us(self, level: int) -> int:
         return max(0, -(-(level - self.level) // self.refill)) if self.refill else NO_HOME_US
 
-    def advance(self, now_us: int) -> None:
+    def advance(self, strict_us: int) -> None:
         homes = self._homes
         if homes is not None and self.home_version != homes.version:
             missed = homes.since(self.home_version, self.key, self._limit.capacity)
             self.home_version = homes.version
             for since_us, home in missed:
                 self.set_home(home, since_us)
-        elapsed_us = now_us - self.at_us
+        elapsed_us = strict_us - self.at_us
         if elapsed_us > 0:
             top = self.ceiling - self.room_reserved if self.reserved or self.aside else self.ceiling
             if self.level < top:
@@ -244,7 +245,7 @@ class StrictBucket(Bucket):
                     self.level = min(0, self.level + elapsed_us * self._repaid_per_us)
                 # Its limit may be another one now.
                 self.level = max(self.level, self.floor)
-            self.at_us = now_us
+            self.at_us = strict_us
 
     @property
     def room_reserved(self) -> int:
@@ -314,13 +315,13 @@ class StrictBucket(Bucket):
             self.aside += tokens << 32
         return max(0, tokens)
 
-    def release(self, number: int, peer: str, returned: int, now_us: int) -> None:
+    def release(self, number: int, peer: str, returned: int, strict_us: int) -> None:
         """Free the room of a ticket, because the peer is done with it, or after `HOLD_US`; nothing if it is free.
 
         Args:
             returned: the amount that the peer gives back.
         """
-        self.advance(now_us)
+        self.advance(strict_us)
         amount = self.tickets.pop(number, 0)
         self.aside -= amount
         returned = min(returned, amount)
@@ -336,7 +337,7 @@ class StrictBucket(Bucket):
         """The ticket is not waited for any more. If it comes, it must be given back."""
         self.wishes.pop(number, None)
 
-    def accept(self, number: int, peer: str, tokens: int, most: int, now_us: int) -> int:
+    def accept(self, number: int, peer: str, tokens: int, most: int, strict_us: int) -> int:
         """Add a ticket to the level, even if there is no room for it: the caller takes from it for what waits, and then
         calls `take_rest`, all at this instant.
 
@@ -346,7 +347,7 @@ class StrictBucket(Bucket):
         Returns:
             The grains added; 0 if the ticket is too old, or is not wished for.
         """
-        self.advance(now_us)
+        self.advance(strict_us)
         wished_us = self.wishes.pop(number, NEVER_US)
         if self.at_us - wished_us > TICKET_US:
             return 0
@@ -385,15 +386,15 @@ class StrictBucket(Bucket):
         top = max(self.level, self.ceiling - self.room_reserved)
         self.level = max(self.floor, min(top, self.level + amount * self._limit.period_us))
 
-    def closed(self, end: int, now_us: int) -> None:
+    def closed(self, end: int, strict_us: int) -> None:
         """Free the room reserved on a stream: it is closed, so no answer can come."""
-        self.advance(now_us)
+        self.advance(strict_us)
         self.reserved.pop(end, None)
 
-    def set_limit(self, limit: AnyLimit, now_us: int) -> None:
+    def set_limit(self, limit: AnyLimit, strict_us: int) -> None:
         """See `Bucket.set_limit`. The caller must call `set_home` afterwards."""
         assert isinstance(limit, Limit)
-        self.advance(now_us)
+        self.advance(strict_us)
         self._kept_until_us = max(self._kept_until_us, self.at_us + self.full_in_us)
         # Rounded down, so that a change adds no tokens.
         self.level = self.level * limit.period_us // self._limit.period_us
@@ -412,30 +413,30 @@ class StrictBucket(Bucket):
         # What tokens could not be had for may be some Envoy's until it reports.
         self.held_back = max(self.withheld, min(self.held_back, amount))
 
-    def set_home(self, home: int, now_us: int) -> None:
+    def set_home(self, home: int, strict_us: int) -> None:
         """Set another home from now on, withheld tokens included; the level is cut to it, and debt to its ceiling."""
-        self.advance(now_us)
+        self.advance(strict_us)
         self.home = max(0, home - max(self.withheld, self.held_back))
         self.ceiling, self.refill = scaled_home(self._limit, self.home)
         self.level = max(self.floor, min(self.level, max(0, self.ceiling - self.room_reserved)))
 
-    def is_idle(self, now_us: int) -> bool:
+    def is_idle(self, strict_us: int) -> bool:
         """True when it is full, no ask is open, no ticket set aside and nothing withheld: a new bucket would not have
         more, not even under a limit that it had before.
         """
-        self.advance(now_us)
+        self.advance(strict_us)
         is_full = self.level == self.ceiling and not self.reserved and not self.aside and not self.withheld
         return is_full and self.at_us >= self._kept_until_us
 
-    def fold(self, now_us: int) -> int:
+    def fold(self, strict_us: int) -> int:
         """This replica's level. A strict bucket has no replicated state."""
-        self.advance(now_us)
+        self.advance(strict_us)
         return self.level
 
-    def seal(self, now_us: int) -> None:
-        self.advance(now_us)
+    def seal(self, strict_us: int) -> None:
+        self.advance(strict_us)
 
-    def merge(self, _entries: Iterable[Entry], _now_us: int) -> int:
+    def merge(self, _entries: Iterable[Entry], _strict_us: int) -> int:
         """Ignore entries: each replica counts only its own takes."""
         return 0
 

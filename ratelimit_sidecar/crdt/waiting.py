@@ -107,12 +107,12 @@ class Waiting:
             answer = convert(answer)
         return answer
 
-    def decide(self, outcome: Outcome, now_us: int) -> None:
+    def decide(self, outcome: Outcome, strict_us: int) -> None:
         """End the wait: make the decision, unless it was cancelled. The queue calls this when it has removed it."""
         self.outcome = outcome
         if outcome is not Outcome.CANCELLED:
             try:
-                self._answer = self._decide(now_us)
+                self._answer = self._decide(strict_us)
             except Exception as failure:
                 # For whoever asks for the result: the next one must be served all the same.
                 self._failure = failure
@@ -159,46 +159,46 @@ class WaitQueue:
         """The request that has waited longest."""
         return next(iter(self._waiting), None)
 
-    def may_be_enough(self, hits: int, peers: Iterable[str], now_us: int) -> bool:
+    def may_be_enough(self, hits: int, peers: Iterable[str], strict_us: int) -> bool:
         """True if this bucket and peers are believed to have enough for all waiting requests and one more of `hits`."""
-        if now_us - self._believed_us >= BELIEF_US:
-            self._believed_us = now_us
-            self._believed = self._all_wished + sum(self._left(peer, now_us) for peer in peers)
+        if strict_us - self._believed_us >= BELIEF_US:
+            self._believed_us = strict_us
+            self._believed = self._all_wished + sum(self._left(peer, strict_us) for peer in peers)
         return self.hits + hits <= self._believed + self.policy.bucket.remaining
 
-    def join(self, waiting: Waiting, now_us: int) -> None:
-        waiting.since_us, waiting.queue = now_us, self
+    def join(self, waiting: Waiting, strict_us: int) -> None:
+        waiting.since_us, waiting.queue = strict_us, self
         self._waiting[waiting] = None
         self.hits += waiting.hits
 
-    def leave(self, waiting: Waiting, outcome: Outcome, now_us: int) -> None:
+    def leave(self, waiting: Waiting, outcome: Outcome, strict_us: int) -> None:
         """End the wait of a request; nothing happens if it is over."""
         if waiting.queue is not self:
             return
         waiting.queue = None
         del self._waiting[waiting]
         self.hits -= waiting.hits
-        waiting.decide(outcome, now_us)
-        self._ended(waiting, now_us)
+        waiting.decide(outcome, strict_us)
+        self._ended(waiting, strict_us)
 
-    def serve(self, now_us: int, most: int) -> int:
+    def serve(self, strict_us: int, most: int) -> int:
         """End the waits for which the bucket has tokens, in order; returns how many, at most `most`."""
         bucket = self.policy.bucket
-        bucket.advance(now_us)
+        bucket.advance(strict_us)
         served = 0
         while served < most and (first := self.first) is not None and bucket.has(first.hits):
-            self.leave(first, Outcome.SERVED, now_us)
+            self.leave(first, Outcome.SERVED, strict_us)
             served += 1
         return served
 
-    def wishes(self, peers: Iterable[str], now_us: int) -> dict[str, int]:
+    def wishes(self, peers: Iterable[str], strict_us: int) -> dict[str, int]:
         """The whole tokens to wish for now, by peer."""
         bucket = self.policy.bucket
         missing = self.hits - self._all_wished - bucket.remaining
         wishes: dict[str, int] = {}
         if missing <= 0:
             return wishes
-        left = {peer: self._left(peer, now_us) for peer in peers}
+        left = {peer: self._left(peer, strict_us) for peer in peers}
         for peer in sorted(left, key=lambda peer: left[peer], reverse=True):
             tokens = min(missing, left[peer])
             if tokens <= 0:
@@ -213,7 +213,7 @@ class WaitQueue:
         self._wished[peer] = self._wished.get(peer, 0) + tokens
         self._all_wished += tokens
 
-    def accept(self, number: int, wish: Wish, ticket: Ticket, most: int, now_us: int) -> int:
+    def accept(self, number: int, wish: Wish, ticket: Ticket, most: int, strict_us: int) -> int:
         """Serve waiting requests from a ticket that has arrived.
 
         Args:
@@ -225,13 +225,13 @@ class WaitQueue:
         """
         peer = wish.peer
         self.end_wish(peer, wish.tokens)
-        self.policy.note_left(peer, ticket.left, most, now_us)
+        self.policy.note_left(peer, ticket.left, most, strict_us)
         bucket = self.policy.bucket
-        added = bucket.accept(number, peer, ticket.tokens, most, now_us)
+        added = bucket.accept(number, peer, ticket.tokens, most, strict_us)
         if not added:
             return ticket.tokens * TOKEN
         try:
-            self.serve(now_us, SERVED_AT_ONCE)
+            self.serve(strict_us, SERVED_AT_ONCE)
         finally:
             returned = bucket.take_rest(peer, added)
         self.policy.add_left(peer, returned)
@@ -253,6 +253,6 @@ class WaitQueue:
         else:
             del self._wished[peer]
 
-    def _left(self, peer: str, now_us: int) -> int:
+    def _left(self, peer: str, strict_us: int) -> int:
         """The whole tokens that a peer is believed to have, less those wished for already."""
-        return max(0, self.policy.believed(peer, now_us) // TOKEN - self._wished.get(peer, 0))
+        return max(0, self.policy.believed(peer, strict_us) // TOKEN - self._wished.get(peer, 0))
