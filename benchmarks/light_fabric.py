@@ -38,7 +38,7 @@ def now_us() -> int:
     return time.time_ns() // 1_000
 
 
-def steady_us() -> int:
+def strict_us() -> int:
     """The same clock for all processes of a machine."""
     return time.monotonic_ns() // 1_000
 
@@ -84,7 +84,7 @@ class LightSidecar:
                 version="1",
                 store=store,
                 now_us=now_us,
-                steady_us=steady_us,
+                strict_us=strict_us,
                 peers=peers,
                 listen=sync,
                 payments=payments,
@@ -99,7 +99,7 @@ class LightSidecar:
         self.strict = strict
         origin = Origin(name, random.getrandbits(63) + 1)
         self.store = Store(origin, lambda _key: limit)
-        shares = Shares(Membership(1, dict.fromkeys(members, 1)), region, steady_us())
+        shares = Shares(Membership(1, dict.fromkeys(members, 1)), region, strict_us())
         self.ledger = GrantLedger(shares, origin, lambda _key: strict)
         self._admissions = None if admissions is None else admissions.open("ab", buffering=0)
         self.fabric = Fabric(
@@ -110,12 +110,12 @@ class LightSidecar:
             region=region,
             mesh_of=None if sync is None and strict is None else make_mesh,
             ledger=None if strict is None else self.ledger,
-            strict_us=steady_us,
+            strict_us=strict_us,
         )
 
     def take(self, hits: int = 1) -> None:
         if self.strict is not None:
-            at_us = steady_us()
+            at_us = strict_us()
             key = key_of(random.randrange(self.keys), self.owner)
             if self.ledger.bucket(key, self.strict, at_us).take(hits, at_us):
                 self.admitted += hits

@@ -94,8 +94,7 @@ class Limiter:
         self.store = Store(origin, rules.replicated_limit_of_key, max_buckets=max_buckets, rule_key=rule_key)
         self.ledger = ledger
         self.clock_steps_us = 0
-        """The sum of the clock's steps since start. The time given to strict buckets is `now_us` less this sum, so it
-        never steps."""
+        """The sum of the clock's steps since start: `now_us` less this is `strict_us`, which never steps."""
         self.counts: CountsByRule = {}
         self.overflow_decisions: Counter[tuple[str, str]] = Counter()
         """Descriptors that an overflow bucket decided, by (domain, rule name). They are also in `counts`."""
@@ -199,7 +198,7 @@ class Limiter:
             compiled = step.compiled
             if compiled.limit is None or compiled.is_shadow:
                 continue
-            at_us = now_us - self.clock_steps_us if compiled.is_strict else now_us
+            at_us = self._time_of(compiled, now_us)
             bucket = self._bucket(step, compiled.limit, at_us)
             if bucket.would_admit(step.hits, at_us):
                 continue
@@ -216,6 +215,10 @@ class Limiter:
         waiting = Waiting(short.hits, decide, short.compiled.wait_us)
         return waiting if self.ledger.wait(key, waiting, now_us - self.clock_steps_us) else None
 
+    def _time_of(self, compiled: CompiledRule, now_us: int) -> int:
+        """The time by the clock of the rule's buckets: that of strict ones never steps."""
+        return now_us - self.clock_steps_us if compiled.is_strict else now_us
+
     def _decide(self, plan: Plan, now_us: int, in_full: bool) -> bytes:
         if plan.gives_back:
             self._give_back(plan, now_us)
@@ -231,7 +234,7 @@ class Limiter:
                 statuses += compiled.ok_head
                 buckets.append(None)
                 continue
-            at_us = now_us - self.clock_steps_us if compiled.is_strict else now_us
+            at_us = self._time_of(compiled, now_us)
             bucket = step.bucket
             if bucket is None or step.evicted != evicted or bucket.limit is not step.limit:
                 bucket = self._bucket(step, compiled.limit, at_us)
@@ -313,7 +316,7 @@ class Limiter:
             compiled = step.compiled
             if compiled.limit is None or compiled.is_shadow:
                 continue
-            at_us = now_us - self.clock_steps_us if compiled.is_strict else now_us
+            at_us = self._time_of(compiled, now_us)
             if not self._bucket(step, compiled.limit, at_us).would_admit(step.hits, at_us):
                 if compiled.is_quota:
                     quotas_over += 1

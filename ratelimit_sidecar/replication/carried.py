@@ -38,7 +38,7 @@ class CarriedStreams:
 
     Args:
         progress: made whenever a frame was received or a stream has ended.
-        steady_us: a clock that never steps.
+        strict_us: the clock of strict limits, which never steps.
         certificate: of this node; None in plain text.
     """
 
@@ -49,7 +49,7 @@ class CarriedStreams:
         scheduler: Scheduler,
         progress: Progress,
         now_us: Callable[[], int],
-        steady_us: Callable[[], int],
+        strict_us: Callable[[], int],
         certificate: NodeCertificate | None,
         limits: MeshLimits,
     ) -> None:
@@ -61,7 +61,7 @@ class CarriedStreams:
         self._scheduler = scheduler
         self._progress = progress
         self._now_us = now_us
-        self._steady_us = steady_us
+        self._strict_us = strict_us
         self._certificate = certificate
         self._limits = limits
         self._refusals = Refusals()
@@ -73,7 +73,7 @@ class CarriedStreams:
         """True while a peer refuses this node because another node has its id: they do not share limits then."""
         refused_us = self._id_refused_us
         # Meanwhile the peer is dialled again.
-        return refused_us is not None and self._steady_us() - refused_us < 2.5e6 * self._limits.misconfigured_redial
+        return refused_us is not None and self._strict_us() - refused_us < 2.5e6 * self._limits.misconfigured_redial
 
     def close(self, reason: Reason, detail: str, now_us: int) -> None:
         """Say Goodbye on all of them."""
@@ -191,14 +191,14 @@ class CarriedStreams:
             self._note_turned_away(stream, str(reason or stream.why_ended))
 
     def _note_turned_away(self, stream: Stream, why: str) -> None:
-        if self._refusals.note(stream.address, why, self._steady_us()):
+        if self._refusals.note(stream.address, why, self._strict_us()):
             _log.warning("stream_refused", address=stream.address, why=stream.why_ended)
 
     def _note_duplicate(self, node: str, stream: Stream, target: Target | None) -> None:
         peer, why = self._replicator.peers.get(node), f"{Reason.DUPLICATE_NODE} {node}"
         if peer is not None:
             peer.last_error = stream.why_ended
-        if self._refusals.note(stream.address, why, self._steady_us(), certain_after_us=CERTAIN_US):
+        if self._refusals.note(stream.address, why, self._strict_us(), certain_after_us=CERTAIN_US):
             other = self.own_address if peer is None else peer.address
             _log.error(
                 "two_nodes_with_one_id",
@@ -209,6 +209,6 @@ class CarriedStreams:
             )
         is_certain = self._refusals.is_told(stream.address, why)
         if is_certain and node == self._replicator.local.origin.node:
-            self._id_refused_us = self._steady_us()
+            self._id_refused_us = self._strict_us()
         if target is not None:
             target.is_misconfigured = is_certain

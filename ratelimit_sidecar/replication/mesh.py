@@ -50,7 +50,7 @@ class Mesh:
     Args:
         origin: this process.
         now_us: wall clock in microseconds; when it is set, `set_clock` is to be called.
-        steady_us: a clock that never steps; None where `now_us` does not either.
+        strict_us: the clock of strict limits, which never steps; None where `now_us` does not either.
         peers: `host:port` of siblings; this node's own may be among them, and a name may have many addresses.
         listen: `host:port`; None to dial only. Port 0 takes a free one.
         payments: None when no limit is strict.
@@ -68,7 +68,7 @@ class Mesh:
         version: str,
         store: Store,
         now_us: Callable[[], int],
-        steady_us: Callable[[], int] | None = None,
+        strict_us: Callable[[], int] | None = None,
         peers: Sequence[str] = (),
         listen: str | None = None,
         tracer: BatchTracer | None = None,
@@ -84,7 +84,7 @@ class Mesh:
         self._limits = limits
         self._now_us = now_us
         self._supervisor = Supervisor() if supervisor is None else supervisor
-        self._steady_us = now_us if steady_us is None else steady_us
+        self._strict_us = now_us if strict_us is None else strict_us
         self._payments = payments
         membership = None if payments is None else payments.membership
         local = LocalNode(origin, region, version, membership, is_gateway)
@@ -98,7 +98,7 @@ class Mesh:
             replicator=self._replicator,
             carry=self._carry_dialled,
             progress=self._progress,
-            now_us=self._steady_us,
+            now_us=self._strict_us,
             resolver=Resolver() if resolver is None else resolver,
             certificate=certificate,
             limits=limits,
@@ -117,7 +117,7 @@ class Mesh:
             scheduler=self._scheduler,
             progress=self._progress,
             now_us=now_us,
-            steady_us=self._steady_us,
+            strict_us=self._strict_us,
             certificate=certificate,
             limits=limits,
         )

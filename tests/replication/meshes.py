@@ -114,7 +114,7 @@ async def sidecar(
         version="0",
         store=own,
         now_us=clock,
-        steady_us=steady,
+        strict_us=steady,
         peers=peers,
         listen=listen,
         tracer=tracer,
