@@ -21,7 +21,7 @@ import structlog
 from ratelimit_sidecar.config.sidecar_schema import FabricConfig
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.granted import GrantLedger
-from ratelimit_sidecar.crdt.limit import Limit, Window, WindowLimit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit, Window, WindowLimit
 from ratelimit_sidecar.crdt.shares import Membership, Shares
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.fabric.fabric import Fabric
@@ -71,7 +71,7 @@ class LightSidecar:
         region: str,
         sync: str | None,
         peers: Sequence[str],
-        strict: Limit | None = None,
+        strict: TokenBucketLimit | None = None,
         members: Sequence[str] = (),
         admissions: Path | None = None,
     ) -> None:
@@ -242,7 +242,7 @@ def main(  # noqa: PLR0917
             region=region,
             sync=sync,
             peers=peer,
-            strict=Limit(strict, 1_000_000, strict) if strict else None,
+            strict=TokenBucketLimit(strict, 1_000_000, strict) if strict else None,
             members=members.split(",") if members else [region],
             admissions=admissions,
         )

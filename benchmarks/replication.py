@@ -22,7 +22,7 @@ from random import Random
 
 from ratelimit_sidecar.app import GC_THRESHOLDS
 from ratelimit_sidecar.crdt.bucket import Origin
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.limiter.key import KEY_ONLY, TOKEN_BUCKET, KeyEntry, encode_bucket_key
 from ratelimit_sidecar.replication.limits import DEFAULT_LIMITS
@@ -80,7 +80,7 @@ class Stopwatch:
 class Region:
     """A sidecar's store and replicator."""
 
-    def __init__(self, name: str, limit: Limit) -> None:
+    def __init__(self, name: str, limit: TokenBucketLimit) -> None:
         self.store = Store(Origin(name, 1), lambda _key: limit)
         self.replicator = Replicator(LocalNode(self.store.origin, name, "0"), self.store, NOW_US)
         self.replicator.use_rules(1)
@@ -142,7 +142,7 @@ def measure(buckets: int, hits_a_second: int, seconds: int, seed: int = 1) -> Co
     random = Random(seed)
     # Twice of what is asked for: so all is admitted, and as many slots are written as at any limit that is in use.
     a_second = max(1, 2 * hits_a_second // buckets)
-    limit = Limit(a_second, SECOND_US, 2 * a_second)
+    limit = TokenBucketLimit(a_second, SECOND_US, 2 * a_second)
     keys = [
         encode_bucket_key(TOKEN_BUCKET, "api", [KeyEntry(KEY_ONLY, "user", f"user-{number}")])
         for number in range(buckets)

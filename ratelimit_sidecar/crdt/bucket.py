@@ -260,7 +260,8 @@ class Bucket(ABC):
         """Drop slots that are past the horizon; a token bucket folds them into its base."""
 
     def shorten(self, _now_us: int, _shift: int) -> None:
-        """Seal what is older than a shorter horizon (see `Limit.boundary_us`), if that is worth it. Windows cannot."""
+        """Seal what is older than a shorter horizon (see `TokenBucketLimit.boundary_us`), if that is worth it. Windows
+        cannot."""
         return
 
     @abstractmethod

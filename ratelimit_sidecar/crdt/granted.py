@@ -22,7 +22,7 @@ from typing import Final, NamedTuple
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
-from ratelimit_sidecar.crdt.limit import AnyLimit, Limit
+from ratelimit_sidecar.crdt.limit import AnyLimit, TokenBucketLimit
 from ratelimit_sidecar.crdt.payment_policy import Ticket
 from ratelimit_sidecar.crdt.store import StoreFull
 from ratelimit_sidecar.crdt.strict import NEVER_US, StrictBucket
@@ -98,7 +98,13 @@ class GrantedBucket(StrictBucket):
     __slots__ = ("expires_us", "generation", "granted", "left", "lineage", "paced_us", "short_of", "used_us")
 
     def __init__(
-        self, key: bytes, limit: Limit, origin: Origin, strict_us: int, *, active: deque[StrictBucket] | None = None
+        self,
+        key: bytes,
+        limit: TokenBucketLimit,
+        origin: Origin,
+        strict_us: int,
+        *,
+        active: deque[StrictBucket] | None = None,
     ) -> None:
         self.granted = 0
         """What may be held here at most, in tokens."""
@@ -215,7 +221,7 @@ class GrantedBucket(StrictBucket):
 class GrantLedger(Ledger):
     """All strict buckets of a sidecar in a region with accounts. Its shares are the region's; see `Ledger`."""
 
-    def bucket(self, key: bytes, limit: Limit, strict_us: int) -> StrictBucket:
+    def bucket(self, key: bytes, limit: TokenBucketLimit, strict_us: int) -> StrictBucket:
         policy = self._all.get(key)
         if policy is None:
             return self._make(key, limit, strict_us)
@@ -224,14 +230,14 @@ class GrantLedger(Ledger):
             bucket.set_limit(limit, strict_us)
         return bucket
 
-    def _make(self, key: bytes, limit: Limit, strict_us: int) -> StrictBucket:
+    def _make(self, key: bytes, limit: TokenBucketLimit, strict_us: int) -> StrictBucket:
         if not self.room.take(key):
             raise StoreFull
         bucket = self._new_bucket(key, limit, strict_us)
         self._add(key, bucket)
         return bucket
 
-    def _new_bucket(self, key: bytes, limit: Limit, strict_us: int) -> GrantedBucket:
+    def _new_bucket(self, key: bytes, limit: TokenBucketLimit, strict_us: int) -> GrantedBucket:
         return GrantedBucket(key, limit, self._origin, strict_us, active=self._active)
 
     def set_aside(self, _number: int, _peer: str, _key: bytes, _tokens: int, _strict_us: int) -> Ticket:

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.homes import Homes
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.crdt.payment_policy import Ask, Pay, PaymentPolicy, Ticket
 from ratelimit_sidecar.crdt.room import Room
 from ratelimit_sidecar.crdt.shares import TOKEN, Shares
@@ -87,7 +87,7 @@ class Ledger:
             for policy in list(shard.values()):
                 yield policy.bucket
 
-    def bucket(self, key: bytes, limit: Limit, strict_us: int) -> StrictBucket:
+    def bucket(self, key: bytes, limit: TokenBucketLimit, strict_us: int) -> StrictBucket:
         """The bucket of `key`, enforcing `limit` from now on; O(1) unless the limit or the home changed.
 
         Args:
@@ -143,7 +143,7 @@ class Ledger:
             if key not in self._kept:
                 continue
             limit = self.limit_of_key(key)
-            if isinstance(limit, Limit):
+            if isinstance(limit, TokenBucketLimit):
                 with suppress(StoreFull):
                     self.bucket(key, limit, strict_us)
                 # No home, no purse.
@@ -156,7 +156,7 @@ class Ledger:
         if bucket.ceiling and bucket.key in self._kept:
             bucket.restore(self._kept.pop(bucket.key))
 
-    def withhold(self, key: bytes, limit: Limit, amount: int, strict_us: int) -> int:
+    def withhold(self, key: bytes, limit: TokenBucketLimit, amount: int, strict_us: int) -> int:
         """Set how much of the home the bucket must not use, because Envoys have token buckets with this amount.
 
         More is withheld only if the bucket has as many tokens, which it gives up. So the sum of homes and tokens stays
@@ -212,7 +212,7 @@ class Ledger:
             ValueError: not a bucket key.
         """
         limit = self.limit_of_key(key)
-        if not isinstance(limit, Limit):
+        if not isinstance(limit, TokenBucketLimit):
             return None
         try:
             self.bucket(key, limit, strict_us)
@@ -256,7 +256,7 @@ class Ledger:
             ValueError: not a bucket key.
         """
         limit = self.limit_of_key(key)
-        if not isinstance(limit, Limit) or len(self._tickets) >= MAX_TICKETS:
+        if not isinstance(limit, TokenBucketLimit) or len(self._tickets) >= MAX_TICKETS:
             return None
         try:
             self.bucket(key, limit, strict_us)
@@ -307,7 +307,7 @@ class Ledger:
                 self._sweep_order.append(policy)
         return count
 
-    def _make(self, key: bytes, limit: Limit, strict_us: int) -> StrictBucket:
+    def _make(self, key: bytes, limit: TokenBucketLimit, strict_us: int) -> StrictBucket:
         if not self.room.take(key):
             raise StoreFull
         self._homes.look(strict_us)

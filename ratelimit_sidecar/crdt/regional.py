@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.granted import GrantedBucket, GrantLedger, Needs
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.crdt.payment_policy import RECENT_US, RESERVE_SHIFT, SOON_US, Ask, Pay
 from ratelimit_sidecar.crdt.shares import TOKEN
 from ratelimit_sidecar.crdt.store import StoreFull
@@ -29,7 +29,13 @@ class RegionalBucket(GrantedBucket):
     __slots__ = ("asked", "asked_us")
 
     def __init__(
-        self, key: bytes, limit: Limit, origin: Origin, strict_us: int, *, active: deque[StrictBucket] | None = None
+        self,
+        key: bytes,
+        limit: TokenBucketLimit,
+        origin: Origin,
+        strict_us: int,
+        *,
+        active: deque[StrictBucket] | None = None,
     ) -> None:
         self.asked, self.asked_us = 0, NEVER_US
         """Tokens that another member asked for last, and when."""
@@ -60,13 +66,13 @@ class RegionalLedger(GrantLedger):
     draws like that of a sidecar, by `regional_needs`.
     """
 
-    def _new_bucket(self, key: bytes, limit: Limit, strict_us: int) -> GrantedBucket:
+    def _new_bucket(self, key: bytes, limit: TokenBucketLimit, strict_us: int) -> GrantedBucket:
         return RegionalBucket(key, limit, self._origin, strict_us, active=self._active)
 
     def note_short(self, key: bytes, strict_us: int, every_us: int) -> None:
         """Sidecars could draw less than they wanted; to be called every so often while that is so."""
         limit = self.limit_of_key(key)
-        if not isinstance(limit, Limit):
+        if not isinstance(limit, TokenBucketLimit):
             return
         try:
             bucket = self.bucket(key, limit, strict_us)
@@ -94,7 +100,7 @@ class RegionalLedger(GrantLedger):
 
     def answer(self, peer: str, key: bytes, ask: Ask, strict_us: int) -> Pay | None:
         limit = self.limit_of_key(key)
-        if not isinstance(limit, Limit):
+        if not isinstance(limit, TokenBucketLimit):
             return None
         try:
             bucket = self.bucket(key, limit, strict_us)

@@ -20,7 +20,7 @@ from typing import Final
 
 from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.journal import Journal, is_nearly_used_up
-from ratelimit_sidecar.crdt.limit import AnyLimit, Limit, Window
+from ratelimit_sidecar.crdt.limit import AnyLimit, TokenBucketLimit, Window
 from ratelimit_sidecar.crdt.room import Room
 from ratelimit_sidecar.crdt.token_bucket import Sealing, TokenBucket
 from ratelimit_sidecar.crdt.untracked_dict import SHARDS, UntrackedDict
@@ -203,7 +203,7 @@ class Store:
             limit, replicated: as for `join`.
             base: as for `join`; `NO_BASE` when there was none.
         """
-        sealing = Sealing(limit, base, now_us) if isinstance(limit, Limit) else None
+        sealing = Sealing(limit, base, now_us) if isinstance(limit, TokenBucketLimit) else None
         journal = self.journal
         left: Sequence[Entry] = entries
         while True:
@@ -293,7 +293,7 @@ class Store:
 
 
 def _make_bucket(key: bytes, limit: AnyLimit, origin: Origin, now_us: int, journal: Journal | None) -> Bucket:
-    if isinstance(limit, Limit):
+    if isinstance(limit, TokenBucketLimit):
         return TokenBucket(key, limit, origin, now_us, journal)
     if limit.window is Window.FIXED:
         return FixedWindow(key, limit, origin, now_us, journal)

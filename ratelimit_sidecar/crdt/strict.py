@@ -30,7 +30,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
-from ratelimit_sidecar.crdt.limit import AnyLimit, Limit
+from ratelimit_sidecar.crdt.limit import AnyLimit, TokenBucketLimit
 
 if TYPE_CHECKING:
     from ratelimit_sidecar.crdt.homes import Homes
@@ -96,7 +96,7 @@ class StrictBucket(Bucket):
     def __init__(
         self,
         key: bytes,
-        limit: Limit,
+        limit: TokenBucketLimit,
         origin: Origin,
         strict_us: int,
         *,
@@ -142,7 +142,7 @@ class StrictBucket(Bucket):
         self.advance(strict_us)
 
     @property
-    def limit(self) -> Limit:
+    def limit(self) -> TokenBucketLimit:
         return self._limit
 
     def would_admit(self, hits: int, strict_us: int) -> bool:
@@ -393,7 +393,7 @@ class StrictBucket(Bucket):
 
     def set_limit(self, limit: AnyLimit, strict_us: int) -> None:
         """See `Bucket.set_limit`. The caller must call `set_home` afterwards."""
-        assert isinstance(limit, Limit)
+        assert isinstance(limit, TokenBucketLimit)
         self.advance(strict_us)
         self._kept_until_us = max(self._kept_until_us, self.at_us + self.full_in_us)
         # Rounded down, so that a change adds no tokens.
@@ -444,6 +444,6 @@ class StrictBucket(Bucket):
         pass
 
 
-def scaled_home(limit: Limit, home: int) -> tuple[int, int]:
+def scaled_home(limit: TokenBucketLimit, home: int) -> tuple[int, int]:
     """The size of a home in grains, and its refill in grains per microsecond."""
     return home * limit.period_us, limit.tokens * home // max(1, limit.capacity)

@@ -14,7 +14,7 @@ from math import ceil
 from typing import Any, Final, NamedTuple
 
 from ratelimit_sidecar.crdt.bucket import Bucket
-from ratelimit_sidecar.crdt.limit import AnyLimit, Limit
+from ratelimit_sidecar.crdt.limit import AnyLimit, TokenBucketLimit
 from ratelimit_sidecar.envoy_api.envoy.config.core.v3.base_pb2 import HeaderValue
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 from ratelimit_sidecar.envoy_api.envoy.type.v3.ratelimit_unit_pb2 import RateLimitUnit
@@ -227,7 +227,7 @@ def _seconds(duration_us: int) -> int:
 
 def _window_seconds(limit: AnyLimit) -> int:
     """A window's length, or the time in which an empty bucket refills."""
-    if isinstance(limit, Limit):
+    if isinstance(limit, TokenBucketLimit):
         return max(1, _seconds(limit.ceiling // limit.tokens))
     return _seconds(limit.period_us)
 

@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
-from ratelimit_sidecar.crdt.limit import AnyLimit, Limit, Window, WindowLimit
+from ratelimit_sidecar.crdt.limit import AnyLimit, TokenBucketLimit, Window, WindowLimit
 from ratelimit_sidecar.crdt.store import DEFAULT_MAX_BUCKETS, Store, StoreFull
 from ratelimit_sidecar.crdt.waiting import Waiting
 from ratelimit_sidecar.crdt.window import FixedWindow, SlidingWindow
@@ -273,7 +273,7 @@ class Limiter:
         so takes of others would be forgotten.
         """
         for step in plan.steps:
-            if step.gives_back and not step.compiled.is_strict and isinstance(step.compiled.limit, Limit):
+            if step.gives_back and not step.compiled.is_strict and isinstance(step.compiled.limit, TokenBucketLimit):
                 step.counts.given_back += self._bucket_at(step, now_us).refund(step.gives_back, now_us)
 
     def quota_step(self, domain: str, entries: Sequence[tuple[str, str]]) -> Step:
@@ -385,7 +385,7 @@ class Limiter:
     def _bucket_of_key(self, step: Step, key: bytes, limit: AnyLimit, at_us: int) -> Bucket:
         if step.compiled.is_strict:
             assert self.ledger is not None
-            assert isinstance(limit, Limit)
+            assert isinstance(limit, TokenBucketLimit)
             return self.ledger.bucket(key, limit, at_us)
         return self.store.bucket(key, limit, at_us, replicated=step.compiled.is_replicated)
 

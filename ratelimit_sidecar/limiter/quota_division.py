@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from ratelimit_sidecar.crdt.limit import Limit, WindowLimit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit, WindowLimit
 from ratelimit_sidecar.crdt.shares import TOKEN
 from ratelimit_sidecar.crdt.store import StoreFull
 from ratelimit_sidecar.limiter.assignment import ShareBase, look_ahead_us, within_debt, within_window
@@ -83,7 +83,7 @@ class Division:
             return base.rate
         if step.compiled.is_strict:
             assert ledger is not None
-            assert isinstance(pool.limit, Limit)
+            assert isinstance(pool.limit, TokenBucketLimit)
             capacity = pool.limit.capacity
             return base.rate * ledger.shares.home(pool.key, capacity, strict_us) // (TOKEN * max(1, capacity))
         limit, charged_us = pool.limit, self._now_us()
@@ -103,7 +103,7 @@ class Division:
         """
         ledger, limit = self._limiter.ledger, pool.limit
         assert ledger is not None
-        assert isinstance(limit, Limit)
+        assert isinstance(limit, TokenBucketLimit)
         # Homes are whole tokens.
         tokens = min(-(-rate * limit.capacity // base.rate), limit.capacity) if base.rate else 0
         try:

@@ -24,7 +24,7 @@ from observed import NoTelemetry
 from server.front_ends import KINDS, Tls, channel_to, independent_channel_to, running
 
 from ratelimit_sidecar.crdt.bucket import Origin
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.envoy_api.envoy.extensions.common.ratelimit.v3.ratelimit_pb2 import RateLimitDescriptor
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
@@ -46,10 +46,10 @@ OK = RateLimitResponse.OK
 OVER_LIMIT = RateLimitResponse.OVER_LIMIT
 SHOULD_RATE_LIMIT = f"/{SERVICE_NAME}/ShouldRateLimit"
 
-TWENTY_A_MINUTE = Rule("shop.user", Limit(20, 60_000_000, 20), 20, Unit.MINUTE)
-THREE_AN_HOUR = Rule("shop.user_eve", Limit(3, 3_600_000_000, 3), 3, Unit.HOUR)
+TWENTY_A_MINUTE = Rule("shop.user", TokenBucketLimit(20, 60_000_000, 20), 20, Unit.MINUTE)
+THREE_AN_HOUR = Rule("shop.user_eve", TokenBucketLimit(3, 3_600_000_000, 3), 3, Unit.HOUR)
 UNLIMITED = Rule("shop.user_root", None)
-BUCKET = Rule("shop.plan.user", Limit(10, 1_000_000, 1_000), 1_000)
+BUCKET = Rule("shop.plan.user", TokenBucketLimit(10, 1_000_000, 1_000), 1_000)
 
 RULES = Rules(
     {

@@ -14,7 +14,7 @@ from random import Random
 from typing import Any
 
 from ratelimit_sidecar.crdt.bucket import Origin
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.crdt.payment_policy import Pay, PaymentPolicy, Ticket
 from ratelimit_sidecar.crdt.shares import TOKEN, Membership, Shares, ShownMembership
 from ratelimit_sidecar.crdt.strict import HOLD_US, StrictBucket
@@ -52,7 +52,7 @@ class StrictCluster:
     bucket_type: a test breaks the rule by another one.
     """
 
-    limit: Limit
+    limit: TokenBucketLimit
     nodes: tuple[str, ...] = ("a", "b", "c")
     seed: int = 0
     delay_us: int = 40_000
@@ -94,7 +94,9 @@ class StrictCluster:
         self.membership = Membership(1, self.weights or dict.fromkeys(self.nodes, 1))
         # Many ticks are due at one instant, and each may be first.
         self.loop = Loop(lambda: self.random.getrandbits(60))
-        fastest = Limit(self.limit.tokens * (10**6 + self.drift_ppm), self.limit.period_us * 10**6, self.limit.capacity)
+        fastest = TokenBucketLimit(
+            self.limit.tokens * (10**6 + self.drift_ppm), self.limit.period_us * 10**6, self.limit.capacity
+        )
         self._oracle = TextbookBucket(fastest)
         self._limits = [self.limit]
         self._ends = self._numbers = 0
@@ -197,7 +199,7 @@ class StrictCluster:
             self._close(node, end)
             self._close_soon(peer, end ^ 1)
 
-    def set_limit(self, node: str, limit: Limit) -> None:
+    def set_limit(self, node: str, limit: TokenBucketLimit) -> None:
         """Replicas change their rules at different moments; the oracle allows the greatest of them."""
         self._limits.append(limit)
         replica = self.replicas.get(node)

@@ -12,13 +12,13 @@ from young import collected_when_told
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.homes import MAX_CHANGES
 from ratelimit_sidecar.crdt.ledger import Ledger
-from ratelimit_sidecar.crdt.limit import Limit, Window, WindowLimit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit, Window, WindowLimit
 from ratelimit_sidecar.crdt.payment_policy import Ask, Pay
 from ratelimit_sidecar.crdt.shares import OLD_LOAN_US, TOKEN, Membership, Shares, ShownMembership
 from ratelimit_sidecar.crdt.store import StoreFull
 from ratelimit_sidecar.crdt.strict import StrictBucket
 
-LIMIT = Limit(100, 1_000_000, 100)
+LIMIT = TokenBucketLimit(100, 1_000_000, 100)
 HOUR_US = 3_600_000_000
 STARTED_US = 1_000_000_000
 NOW_US = STARTED_US + OLD_LOAN_US + 2_000_000
@@ -35,7 +35,7 @@ def ask_for(tokens: int) -> Ask:
     return Ask(tokens * TOKEN, level=0, demand=tokens * TOKEN, is_short=True)
 
 
-def make_ledger(node: str = "a", *, max_buckets: int = 10_000, limit: Limit = LIMIT) -> Ledger:
+def make_ledger(node: str = "a", *, max_buckets: int = 10_000, limit: TokenBucketLimit = LIMIT) -> Ledger:
     limits = {b"k": limit, b"other": LIMIT, b"window": WindowLimit(1, 1_000_000, Window.FIXED)}
     shares = Shares(Membership(1, {"a": 1, "b": 1}), node, STARTED_US)
     return Ledger(shares, Origin(node, 1), limits.get, max_buckets=max_buckets, rule_key=lambda _key: b"rule")
@@ -63,7 +63,7 @@ def test_before_its_home_begins_a_replica_admits_nothing_and_afterwards_what_ref
     assert bucket.remaining == 5
 
 
-def spent(ledger: Ledger, limit: Limit, now_us: int) -> int:
+def spent(ledger: Ledger, limit: TokenBucketLimit, now_us: int) -> int:
     bucket, tokens = ledger.bucket(b"k", limit, now_us), 0
     while bucket.take(1, now_us):
         tokens += 1
@@ -84,7 +84,7 @@ def pass_time(ledgers: Iterable[Ledger], now_us: int, hours: float) -> int:
 def test_a_purse_that_nobody_uses_refills_by_the_home_it_has_while_a_member_is_back_in_the_former_epoch(
     returns: bool,
 ) -> None:
-    limit, both, alone = Limit(100, HOUR_US, 100), {"a": 1, "b": 1}, {"a": 1, "b": 0}
+    limit, both, alone = TokenBucketLimit(100, HOUR_US, 100), {"a": 1, "b": 1}, {"a": 1, "b": 0}
     a = Ledger(Shares(Membership(2, alone, both), "a", 0), Origin("a", 1), lambda _key: limit)
     a.shares.receive("b", ShownMembership(2, alone), HOUR_US)
     now_us = pass_time([a], HOUR_US, 5)
@@ -105,7 +105,7 @@ def test_a_purse_that_nobody_uses_refills_by_the_home_it_has_while_a_member_is_b
 
 
 def test_a_purse_that_is_looked_at_late_has_refilled_by_its_home_since_that_changed() -> None:
-    limit, both, alone = Limit(100, HOUR_US, 100), {"a": 1, "b": 3}, {"a": 1, "b": 0}
+    limit, both, alone = TokenBucketLimit(100, HOUR_US, 100), {"a": 1, "b": 3}, {"a": 1, "b": 0}
     ledger = Ledger(Shares(Membership(2, alone, both), "a", 0), Origin("a", 1), lambda _key: limit)
     ledger.shares.receive("b", ShownMembership(2, alone), HOUR_US)
     now_us = pass_time([ledger], HOUR_US, 5)
@@ -116,7 +116,7 @@ def test_a_purse_that_is_looked_at_late_has_refilled_by_its_home_since_that_chan
 
 
 def test_however_often_homes_have_changed_a_purse_that_missed_it_holds_no_more_than_the_smallest() -> None:
-    limit, both, alone = Limit(100, HOUR_US, 100), {"a": 1, "b": 3}, {"a": 1, "b": 0}
+    limit, both, alone = TokenBucketLimit(100, HOUR_US, 100), {"a": 1, "b": 3}, {"a": 1, "b": 0}
     ledger = Ledger(Shares(Membership(2, alone, both), "a", 0), Origin("a", 1), lambda _key: limit)
     ledger.shares.receive("b", ShownMembership(2, alone), HOUR_US)
     now_us = pass_time([ledger], HOUR_US, 5)
@@ -235,7 +235,7 @@ def test_a_full_bucket_that_asks_for_nothing_is_dropped_and_no_other() -> None:
 
 
 def test_a_purse_is_not_made_anew_before_a_limit_that_it_had_would_have_refilled_it() -> None:
-    day = Limit(1_000, 24 * HOUR_US, 1_000)
+    day = TokenBucketLimit(1_000, 24 * HOUR_US, 1_000)
     ledger, now_us = make_ledger(limit=day), NOW_US + 48 * HOUR_US
     ledger.tick({}, now_us, 10, 100)
     assert spent(ledger, day, now_us) == 500
@@ -265,7 +265,7 @@ def test_a_ledger_that_is_cleared_holds_no_bucket() -> None:
 def test_a_new_limit_is_enforced_on_the_live_bucket() -> None:
     ledger = make_ledger()
     ledger.bucket(b"k", LIMIT, NOW_US).take(50, NOW_US)
-    bucket = ledger.bucket(b"k", Limit(100, 1_000_000, 400), NOW_US)
+    bucket = ledger.bucket(b"k", TokenBucketLimit(100, 1_000_000, 400), NOW_US)
     bucket.advance(NOW_US + 2_000_000)
     assert bucket.remaining == 100
 
@@ -297,7 +297,7 @@ def test_what_is_withheld_is_neither_the_buckets_nor_a_peers_and_comes_back_with
 
 
 def test_when_a_reload_raises_the_burst_the_bucket_does_not_refill_by_the_rate_that_envoys_still_have() -> None:
-    ledger, larger = make_ledger(), Limit(100, 1_000_000, 400)
+    ledger, larger = make_ledger(), TokenBucketLimit(100, 1_000_000, 400)
     assert ledger.withhold(b"k", LIMIT, 30 * TOKEN, NOW_US) == 30 * TOKEN
     # Envoys have 30 of its 50 a second, whatever the burst.
     bucket = ledger.bucket(b"k", larger, NOW_US)
@@ -312,7 +312,7 @@ def test_when_a_reload_raises_the_burst_the_bucket_does_not_refill_by_the_rate_t
 
 
 def test_reloads_to_and_fro_leave_as_much_withheld_as_before() -> None:
-    ledger, larger, empty = make_ledger(), Limit(100, 1_000_000, 400), Limit(1, 1_000_000, 0)
+    ledger, larger, empty = make_ledger(), TokenBucketLimit(100, 1_000_000, 400), TokenBucketLimit(1, 1_000_000, 0)
     ledger.withhold(b"k", LIMIT, 30 * TOKEN, NOW_US)
     for limit in (larger, LIMIT, empty, LIMIT, larger, LIMIT):
         bucket = ledger.bucket(b"k", limit, NOW_US)
@@ -329,8 +329,10 @@ def test_what_was_paid_away_is_not_withheld() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-@pytest.mark.parametrize("limit", [LIMIT, Limit(7, 1_000_000, 5), Limit(1 << 21, 1_000_000, 1 << 21)])
-def test_what_is_withheld_held_and_paid_is_never_more_than_the_limit(seed: int, limit: Limit) -> None:
+@pytest.mark.parametrize(
+    "limit", [LIMIT, TokenBucketLimit(7, 1_000_000, 5), TokenBucketLimit(1 << 21, 1_000_000, 1 << 21)]
+)
+def test_what_is_withheld_held_and_paid_is_never_more_than_the_limit(seed: int, limit: TokenBucketLimit) -> None:
     chance = random.Random(seed)
     ledgers = {node: make_ledger(node, limit=limit) for node in "ab"}
     ends, withheld, held = {"a": 1, "b": 2}, dict.fromkeys("ab", 0), dict.fromkeys("ab", 0)

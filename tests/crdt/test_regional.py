@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.granted import GRANT_US, Drawn, GrantedBucket, Needs
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.crdt.payment_policy import RECENT_US, Ask, Pay
 from ratelimit_sidecar.crdt.regional import RegionalLedger, regional_needs
 from ratelimit_sidecar.crdt.shares import TOKEN, Membership, Shares
 
 KEY = b"k"
-LIMIT = Limit(100, 1_000_000, 100)
+LIMIT = TokenBucketLimit(100, 1_000_000, 100)
 NOW_US = 10**12
 END = 1
 

@@ -17,7 +17,7 @@ from seeds import seeds
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
-from ratelimit_sidecar.crdt.limit import MAX_CAPACITY, Limit
+from ratelimit_sidecar.crdt.limit import MAX_CAPACITY, TokenBucketLimit
 from ratelimit_sidecar.crdt.shares import (
     MAX_CONFLICTS,
     OLD_LOAN_US,
@@ -31,13 +31,13 @@ from ratelimit_sidecar.crdt.strict import HOLD_US, StrictBucket
 from ratelimit_sidecar.crdt.waiting import Outcome
 
 SECOND_US = 1_000_000
-PER_SECOND_100 = Limit(100, SECOND_US, 100)
+PER_SECOND_100 = TokenBucketLimit(100, SECOND_US, 100)
 NOW_US = OLD_LOAN_US
 
 SCHEDULES = seeds(60, thorough=60, nightly=20_000)
 
 
-def rate_of(limit: Limit, duration_us: int) -> int:
+def rate_of(limit: TokenBucketLimit, duration_us: int) -> int:
     return limit.tokens * duration_us // limit.period_us
 
 
@@ -56,10 +56,10 @@ def run_faults(seed: int, **broken: object) -> StrictCluster:
     limit = random.choice(
         [
             PER_SECOND_100,
-            Limit(10, SECOND_US, 50),
-            Limit(40, SECOND_US, 5),
-            Limit(5, SECOND_US, 5),
-            Limit(1, 10 * SECOND_US, 50),
+            TokenBucketLimit(10, SECOND_US, 50),
+            TokenBucketLimit(40, SECOND_US, 5),
+            TokenBucketLimit(5, SECOND_US, 5),
+            TokenBucketLimit(1, 10 * SECOND_US, 50),
         ]
     )
     names = "abcde"[: random.randint(2, 5)]
@@ -187,7 +187,7 @@ def test_kept_purses_that_nobody_asks_for_fill_up_and_are_dropped() -> None:
 
 
 def answer_after_its_end_has_closed(**broken: object) -> None:
-    limit = Limit(10, SECOND_US, 10)
+    limit = TokenBucketLimit(10, SECOND_US, 10)
     cluster = StrictCluster(limit, ("a", "b"), delay_us=2 * SECOND_US, **broken)  # type: ignore[arg-type]
     cluster.take_all("a")
     cluster.ask("a", "b", 1.0)
@@ -235,7 +235,7 @@ def test_two_busy_regions_divide_what_the_third_does_not_need() -> None:
 @pytest.mark.parametrize("busy", ["a", "abcde"], ids=["one busy", "all busy"])
 def test_a_limit_of_about_as_many_tokens_as_there_are_members_admits_what_it_says(capacity: int, busy: str) -> None:
     """Divided by parts of a token, 5 a second for five members were 0."""
-    limit = Limit(capacity, SECOND_US, capacity)
+    limit = TokenBucketLimit(capacity, SECOND_US, capacity)
     cluster = StrictCluster(limit, tuple("abcde"), delay_us=20_000)
     for node in busy:
         cluster.demand(node, 20, 12 * SECOND_US)
@@ -304,7 +304,7 @@ def test_a_limit_lowered_while_an_ask_is_open_leaves_no_more_than_the_home() -> 
     bucket = half()
     bucket.take(50, NOW_US)
     bucket.ask(1, 40 << 32)
-    bucket.set_limit(Limit(100, SECOND_US, 20), NOW_US)
+    bucket.set_limit(TokenBucketLimit(100, SECOND_US, 20), NOW_US)
     bucket.set_home(10 * TOKEN, NOW_US)
     bucket.advance(NOW_US + SECOND_US)
     assert bucket.remaining == 0
@@ -433,7 +433,7 @@ def test_after_a_change_it_owes_no_more_than_it_could_under_the_new_limit_and_ho
     bucket = half()
     bucket.take(2**48, NOW_US, always=True)
     before = bucket.debt
-    smaller = Limit(1, SECOND_US, 10)
+    smaller = TokenBucketLimit(1, SECOND_US, 10)
     bucket.set_limit(smaller, NOW_US)
     bucket.set_home(5 * TOKEN, NOW_US)
     assert bucket.level == bucket.floor
@@ -470,17 +470,17 @@ def test_who_owes_asks_for_no_more_than_its_home_holds() -> None:
 def test_a_change_of_limit_keeps_the_part_of_the_level() -> None:
     bucket = half()
     bucket.take(20, OLD_LOAN_US)
-    bucket.set_limit(Limit(50, SECOND_US, 200), OLD_LOAN_US)
+    bucket.set_limit(TokenBucketLimit(50, SECOND_US, 200), OLD_LOAN_US)
     bucket.set_home(100 * TOKEN, OLD_LOAN_US)
     assert bucket.remaining == 30
-    bucket.set_limit(Limit(50, SECOND_US, 20), OLD_LOAN_US)
+    bucket.set_limit(TokenBucketLimit(50, SECOND_US, 20), OLD_LOAN_US)
     bucket.set_home(10 * TOKEN, OLD_LOAN_US)
     assert bucket.remaining == 10
     assert bucket.level <= bucket.ceiling
 
 
 def test_debt_that_is_put_back_is_no_more_than_may_be_owed() -> None:
-    bucket = StrictBucket(b"k", Limit(3, SECOND_US, 7), Origin("a", 1), 0, home=3 * TOKEN, from_us=0)
+    bucket = StrictBucket(b"k", TokenBucketLimit(3, SECOND_US, 7), Origin("a", 1), 0, home=3 * TOKEN, from_us=0)
     bucket.restore(-1 << 62)
     assert bucket.level == bucket.floor
 

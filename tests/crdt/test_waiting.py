@@ -9,7 +9,7 @@ from crdt.test_ledger import ENDS, LIMIT, NOW_US, make_ledger
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.crdt.payment_policy import Ticket
 from ratelimit_sidecar.crdt.regional import RegionalLedger
 from ratelimit_sidecar.crdt.shares import TOKEN, Membership, Shares
@@ -18,14 +18,14 @@ from ratelimit_sidecar.crdt.wait_queues import WaitQueues
 from ratelimit_sidecar.crdt.waiting import MAX_WAITING, MAX_WAITING_OF_BUCKET, SERVED_AT_ONCE, Outcome, Waiting, Wish
 
 KEY = b"k"
-SLOW = Limit(1, 60_000_000, 200)
+SLOW = TokenBucketLimit(1, 60_000_000, 200)
 """Nothing refills during a test: half of it is this node's."""
 
 
 class Node:
     """Its ledger, and its requests that wait."""
 
-    def __init__(self, node: str = "a", limit: Limit = SLOW, *, has: int = 0) -> None:
+    def __init__(self, node: str = "a", limit: TokenBucketLimit = SLOW, *, has: int = 0) -> None:
         self.now_us = NOW_US
         self.limit = limit
         self.ledger = make_ledger(node, limit=limit)
@@ -256,7 +256,7 @@ def test_refill_and_payments_serve_as_well() -> None:
 
 
 def test_a_tick_ends_a_bounded_number_of_waits() -> None:
-    here = Node(limit=Limit(1, 60_000_000, 2_000))
+    here = Node(limit=TokenBucketLimit(1, 60_000_000, 2_000))
     here.wait_for(*[1] * (3 * SERVED_AT_ONCE))
     here.queues.end_all()
     for left in (2, 1, 0):
@@ -266,7 +266,7 @@ def test_a_tick_ends_a_bounded_number_of_waits() -> None:
 
 
 def test_a_tick_serves_a_bounded_number_whatever_they_wait_for() -> None:
-    limit = Limit(1, 60_000_000, 2_000)
+    limit = TokenBucketLimit(1, 60_000_000, 2_000)
     ledger = make_ledger(limit=limit)
     ledger.limit_of_key = lambda _key: limit
     ledger.queues.tick(["b"], NOW_US, 10, 100)
@@ -278,7 +278,7 @@ def test_a_tick_serves_a_bounded_number_whatever_they_wait_for() -> None:
 
 
 def test_a_ticket_serves_a_bounded_number_and_what_is_left_is_kept() -> None:
-    here = Node(limit=Limit(1, 60_000_000, 2_000))
+    here = Node(limit=TokenBucketLimit(1, 60_000_000, 2_000))
     here.wait_for(*[1] * (SERVED_AT_ONCE + 10))
     wish = here.wish()
     assert here.ledger.accept(1, wish, Ticket(wish.tokens, 0), NOW_US) == 0
@@ -306,7 +306,7 @@ def test_at_a_stop_all_are_decided_and_none_waits_any_more() -> None:
 
 
 def test_no_more_wait_for_a_bucket_and_in_all_than_may() -> None:
-    limit = Limit(1, 60_000_000, 10_000)
+    limit = TokenBucketLimit(1, 60_000_000, 10_000)
     ledger = make_ledger(limit=limit)
     ledger.limit_of_key = lambda _key: limit
     ledger.queues.tick(["b"], NOW_US, 10, 100)
@@ -318,7 +318,7 @@ def test_no_more_wait_for_a_bucket_and_in_all_than_may() -> None:
 
 
 def test_requests_that_come_and_go_between_two_ticks_leave_no_more_lines_than_may_wait() -> None:
-    limit = Limit(1, 60_000_000, 10_000)
+    limit = TokenBucketLimit(1, 60_000_000, 10_000)
     ledger = make_ledger(limit=limit)
     ledger.limit_of_key = lambda _key: limit
     queues = ledger.queues
@@ -332,7 +332,7 @@ def test_requests_that_come_and_go_between_two_ticks_leave_no_more_lines_than_ma
     assert (queues.waiting, len(queues.by_key), queues.crowded) == (0, MAX_WAITING, MAX_WAITING)
 
 
-def join(ledger: Ledger, key: bytes, limit: Limit) -> bool:
+def join(ledger: Ledger, key: bytes, limit: TokenBucketLimit) -> bool:
     ledger.bucket(key, limit, NOW_US)
     return ledger.wait(key, Waiting(1, lambda _now_us: b"", 250_000), NOW_US)
 
@@ -355,7 +355,7 @@ def test_a_decision_that_fails_costs_neither_the_others_nor_the_ticket() -> None
 
 
 def test_of_a_limit_of_few_tokens_nobody_is_asked_while_requests_wait() -> None:
-    few = Limit(1, 12_000_000, 4)
+    few = TokenBucketLimit(1, 12_000_000, 4)
     here = Node(limit=few)
     assert not here.bucket.take(1, NOW_US)
     [waiting] = here.wait_for(1)

@@ -20,7 +20,7 @@ from redis.exceptions import ResponseError
 
 from ratelimit_sidecar.config.sidecar_schema import FabricConfig
 from ratelimit_sidecar.crdt.bucket import Origin
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.demo.ports import HOST
 from ratelimit_sidecar.fabric import sharing
@@ -233,8 +233,8 @@ async def test_all_come_to_the_level_of_one_that_heard_everything(
             levels.append(bucket.fold(now_us))
         limit = LIMITS[name]
         # Token buckets: a base is whole microseconds, and what was given back may be placed after what it was for.
-        slack = 4 * limit.tokens * len(made) if isinstance(limit, Limit) else 0
-        if isinstance(limit, Limit) and any(what == "give" for *_, what in history):
+        slack = 4 * limit.tokens * len(made) if isinstance(limit, TokenBucketLimit) else 0
+        if isinstance(limit, TokenBucketLimit) and any(what == "give" for *_, what in history):
             return
         assert max(levels) - min(levels) <= slack, levels
 

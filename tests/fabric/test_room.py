@@ -14,7 +14,7 @@ from persistence.redis_server import RedisServer, needs_redis
 from redis.asyncio import Redis
 
 from ratelimit_sidecar.crdt.bucket import Entry, Origin
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.fabric.fabric import Fabric
 from ratelimit_sidecar.fabric.gateway import MAX_ANSWERED
@@ -38,7 +38,7 @@ __all__ = ["server"]
 [KEYS] = FabricKeys("ratelimit").shards
 NOW_US = 1_700_000_000_000_000
 HOUR_US = 3_600_000_000
-HUNDRED = Limit(100, HOUR_US, 100)
+HUNDRED = TokenBucketLimit(100, HOUR_US, 100)
 MAX_PLACES = 4_096
 
 

@@ -20,7 +20,7 @@ from redis.asyncio import Redis
 from ratelimit_sidecar.config.sidecar_schema import FabricConfig
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.granted import GrantLedger
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.crdt.shares import Membership, Shares
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.demo.ports import HOST
@@ -44,7 +44,7 @@ COMMANDS = (
 
 BUCKETS = 40
 
-STRICT = Limit(1_000, 1_000_000, 1_000)
+STRICT = TokenBucketLimit(1_000, 1_000_000, 1_000)
 
 
 def strict_us() -> int:

@@ -16,7 +16,7 @@ from redis.exceptions import ResponseError
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.granted import COUNTED_US, GRANT_US, GrantedBucket, GrantLedger
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.crdt.payment_policy import RECENT_US
 from ratelimit_sidecar.crdt.regional import RegionalLedger, regional_needs
 from ratelimit_sidecar.crdt.shares import Membership, Shares
@@ -33,7 +33,7 @@ __all__ = ["server"]
 KEYS = FabricKeys("ratelimit")
 STRICT = KEYS.shards[0].of_accounts[0]
 SECOND_US = 1_000_000
-LIMIT = Limit(100, 1_000_000, 100)
+LIMIT = TokenBucketLimit(100, 1_000_000, 100)
 """Full a second after its beginning."""
 
 
@@ -91,7 +91,7 @@ class Sidecar:
         )
         self.drawing = Drawing(connect_to(server), KEYS, self.ledger, lambda: region.now_us, region="east")
 
-    def take(self, hits: int, limit: Limit = LIMIT, key: bytes = b"k") -> bool:
+    def take(self, hits: int, limit: TokenBucketLimit = LIMIT, key: bytes = b"k") -> bool:
         return self.ledger.bucket(key, limit, self._region.now_us).take(hits, self._region.now_us)
 
     async def tick(self) -> bool:

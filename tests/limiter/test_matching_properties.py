@@ -20,11 +20,11 @@ from limiter.naive_rules import (
     values_for,
 )
 
-from ratelimit_sidecar.crdt.limit import Limit, Window, WindowLimit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit, Window, WindowLimit
 from ratelimit_sidecar.limiter.rules import MAX_REQUESTS_PER_UNIT, Consistency, Match, Rule, RuleNode, Rules, Unit
 from ratelimit_sidecar.limiter.wildcard import WildcardSet
 
-LIMIT = Limit(1, 1_000_000, 1)
+LIMIT = TokenBucketLimit(1, 1_000_000, 1)
 
 
 def compiled(file: Sequence[Descriptor], consistency: Consistency = Consistency.EVENTUAL) -> Rules:

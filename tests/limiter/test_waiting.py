@@ -9,7 +9,7 @@ from limiter.requests import NOW_US, OK, OVER_LIMIT, make_request
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.crdt.payment_policy import Ticket
 from ratelimit_sidecar.crdt.shares import TOKEN, Membership, Shares
 from ratelimit_sidecar.crdt.waiting import Outcome, Waiting, Wish
@@ -18,10 +18,10 @@ from ratelimit_sidecar.limiter.limiter import MAX_WAITING_BYTES, Limiter
 from ratelimit_sidecar.limiter.rules import Charge, Consistency, Rule, RuleNode, Rules, Unit
 from ratelimit_sidecar.limiter.settings import AnswerSettings
 
-PLAN = Rule("api.plan", Limit(1, 60_000_000, 10), 1, Unit.MINUTE, Consistency.STRICT, wait_us=250_000)
+PLAN = Rule("api.plan", TokenBucketLimit(1, 60_000_000, 10), 1, Unit.MINUTE, Consistency.STRICT, wait_us=250_000)
 TEAM = replace(PLAN, name="api.team")
 HURRIED = replace(PLAN, name="api.hurried", wait_us=0)
-USER = Rule("api.user", Limit(1, 60_000_000, 2), 1, Unit.MINUTE)
+USER = Rule("api.user", TokenBucketLimit(1, 60_000_000, 2), 1, Unit.MINUTE)
 REQUEST = make_request({"plan": "gold"})
 
 

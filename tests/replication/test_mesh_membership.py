@@ -28,7 +28,7 @@ from tenacity import RetryCallState
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.crdt.shares import OLD_LOAN_US, Membership, Shares
 from ratelimit_sidecar.replication.carried import CERTAIN_US
 from ratelimit_sidecar.replication.connections import FORGET_US
@@ -507,7 +507,7 @@ async def test_a_node_whose_id_a_third_one_knows_as_anothers_is_told_so_and_has_
                 redial=soon,
                 payments=PaymentExchange(ledger, now_us),
             ) as namesake:
-                assert ledger.bucket(b"k", Limit(100, SECOND_US, 100), now_us()).remaining == 50
+                assert ledger.bucket(b"k", TokenBucketLimit(100, SECOND_US, 100), now_us()).remaining == 50
                 # Refused twice, so it has noted the first time.
                 await a.until(lambda: a.mesh.protocol_errors.get("duplicate_node", 0) >= 2)
                 jump_us = CERTAIN_US
@@ -517,7 +517,7 @@ async def test_a_node_whose_id_a_third_one_knows_as_anothers_is_told_so_and_has_
                 assert namesake.mesh.is_id_taken
                 await namesake.until(lambda: shares.part(now_us()) == 0)
                 ledger.tick({}, now_us(), 1, 1)
-                assert ledger.bucket(b"k", Limit(100, SECOND_US, 100), now_us()).remaining == 0
+                assert ledger.bucket(b"k", TokenBucketLimit(100, SECOND_US, 100), now_us()).remaining == 0
                 jump_us += ID_TAKEN_US
                 assert not b.mesh.is_id_taken
                 assert not a.mesh.is_id_taken

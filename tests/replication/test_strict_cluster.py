@@ -12,7 +12,7 @@ import pytest
 from replication.builders import SECOND_US, SIT_OUT_US
 from seeds import seeds
 
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.crdt.shares import Membership
 from ratelimit_sidecar.crdt.waiting import Outcome
 from simulation.clock import clocks_off
@@ -24,7 +24,7 @@ from simulation.workload import WAIT_US, request, unchanging
 
 SEEDS = seeds(20, thorough=60, nightly=2_000)
 
-PER_SECOND_100 = Limit(100, SECOND_US, 100)
+PER_SECOND_100 = TokenBucketLimit(100, SECOND_US, 100)
 
 
 class Strict(Watched):
@@ -32,7 +32,7 @@ class Strict(Watched):
     limit: of one bucket, for which all nodes are asked.
     """
 
-    def __init__(self, seed: int, names: str, limit: Limit, **options: object) -> None:
+    def __init__(self, seed: int, names: str, limit: TokenBucketLimit, **options: object) -> None:
         self.limit = limit
         editions = unchanging(plan=limit)
         self.gold = request(editions.first, 1, ("plan", "gold"))
@@ -72,7 +72,7 @@ def run_faults(seed: int) -> Strict:
     A failing seed is replayed by `run_faults(seed)`.
     """
     draw = Random(seed)
-    limit = draw.choice([PER_SECOND_100, Limit(10, SECOND_US, 50), Limit(30, 60 * SECOND_US, 30)])
+    limit = draw.choice([PER_SECOND_100, TokenBucketLimit(10, SECOND_US, 50), TokenBucketLimit(30, 60 * SECOND_US, 30)])
     names = "abcd"[: draw.randint(2, 4)]
     ways = between(names, *draw.choice([(MS, MS), (5 * MS, 75 * MS), (300 * MS, 400 * MS)]))
     cluster = Strict(seed, names, limit, ways=ways, system_ahead_us=clocks_off(draw, names, 500 * MS))
