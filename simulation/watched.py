@@ -95,7 +95,7 @@ class Watched(Cluster):
     @property
     def payments(self) -> int:
         """Granted by the lives that still are."""
-        return sum(node.payments.paid for node in self.live)
+        return sum(node.payments.payments_sent for node in self.live)
 
     @property
     def served(self) -> int:

@@ -182,7 +182,8 @@ class Ledger:
             longest_key: the longest key that an ask can have.
 
         Returns:
-            The asks to send, by peer and key. Room is reserved for each: call `paid` or `closed` for it later.
+            The asks to send, by peer and key. Room is reserved for each: call `receive_payment` or `closed` for it
+            later.
         """
         self._homes.look(strict_us)
         self._release_old_tickets(strict_us)
@@ -220,14 +221,15 @@ class Ledger:
             return None
         return self._all[key].answer(peer, ask, strict_us)
 
-    def paid(self, peer: str, end: int, key: bytes, pay: Pay, strict_us: int) -> bool:
+    def receive_payment(self, peer: str, end: int, key: bytes, pay: Pay, strict_us: int) -> bool:
         """Add a peer's payment for the ask for `key` that is open on that stream.
 
         Returns:
             False if the peer claims to pay more than it can have. Then only what it can have was added.
         """
         policy = self._all[key]
-        is_right = policy.paid(peer, end, pay, self.shares.most(peer, key, policy.bucket.limit.capacity), strict_us)
+        most = self.shares.most(peer, key, policy.bucket.limit.capacity)
+        is_right = policy.receive_payment(peer, end, pay, most, strict_us)
         queue = self.queues.by_key.get(key)
         if queue is not None:
             queue.serve(strict_us, SERVED_AT_ONCE)

@@ -169,11 +169,11 @@ class PaymentPolicy:
         paid = bucket.pay(peer, min(ask.amount, spare))
         return Pay(paid, max(0, level - paid - reserve))
 
-    def paid(self, peer: str, end: int, pay: Pay, most: int, strict_us: int) -> bool:
-        """Add a peer's payment; see `StrictBucket.paid`."""
+    def receive_payment(self, peer: str, end: int, pay: Pay, most: int, strict_us: int) -> bool:
+        """Add a peer's payment; see `StrictBucket.receive_payment`."""
         self.bucket.advance(strict_us)
         self.note_left(peer, pay.left, most, strict_us)
-        return self.bucket.paid(end, peer, pay.amount, most)
+        return self.bucket.receive_payment(end, peer, pay.amount, most)
 
     def ticket(self, number: int, tokens: int, strict_us: int) -> Ticket:
         """Set aside up to `tokens` for requests that wait at a peer, without a reserve: a request that waits there

@@ -58,8 +58,8 @@ NO_HOME_US: Final = 2_500_000
 class StrictBucket(Bucket):
     """This replica's purse for one strict limit. `Ledger` makes it, sets its home, and drops it when it is idle.
 
-    `take` decides from the level alone. For each `ask` the caller later calls `paid` or `closed`; for each `wish`
-    `accept` or `give_up`; for each ticket `set_aside` with tokens in it, `release`.
+    `take` decides from the level alone. For each `ask` the caller later calls `receive_payment` or `closed`; for each
+    `wish` `accept` or `give_up`; for each ticket `set_aside` with tokens in it, `release`.
 
     Args:
         home: the amount of the limit that is this replica's.
@@ -258,7 +258,7 @@ class StrictBucket(Bucket):
         return self.ceiling - max(0, self.level) - self.room_reserved
 
     def ask(self, end: int, amount: int) -> None:
-        """Reserve room for an ask. The caller sends it, and later calls `paid` or `closed`.
+        """Reserve room for an ask. The caller sends it, and later calls `receive_payment` or `closed`.
 
         Args:
             end: of the stream on which it is sent. No other ask of this bucket may be open on it.
@@ -276,7 +276,7 @@ class StrictBucket(Bucket):
         self._note_lacking(peer, -amount)
         return amount
 
-    def paid(self, end: int, peer: str, amount: int, most: int) -> bool:
+    def receive_payment(self, end: int, peer: str, amount: int, most: int) -> bool:
         """Add the payment that answers the ask open on `end`.
 
         Credit the peer at most with what it can have: its home, the refill since, and payments from here.
@@ -342,7 +342,7 @@ class StrictBucket(Bucket):
         calls `take_rest`, all at this instant.
 
         Args:
-            most: as in `paid`.
+            most: as in `receive_payment`.
 
         Returns:
             The grains added; 0 if the ticket is too old, or is not wished for.

@@ -218,7 +218,7 @@ class WaitQueue:
 
         Args:
             number: see `StrictBucket.wish`.
-            most: see `StrictBucket.paid`.
+            most: see `StrictBucket.receive_payment`.
 
         Returns:
             The amount to give back to the peer.

@@ -124,7 +124,7 @@ class PaymentExchange:
 
     def __init__(self, ledger: Ledger, strict_us: Callable[[], int]) -> None:
         self.ledger = ledger
-        self.paid = 0
+        self.payments_sent = 0
         """Asks of peers answered with more than nothing."""
         self.received = 0
         """Asks that peers have answered with more than nothing."""
@@ -152,7 +152,7 @@ class PaymentExchange:
             settled=shares.is_settled and now_us >= shares.from_us,
             conflicts=tuple(shares.conflicts),
             buckets=len(self.ledger),
-            payments_sent=self.paid,
+            payments_sent=self.payments_sent,
             payments_received=self.received,
         )
 
@@ -246,7 +246,8 @@ class PaymentExchange:
             # Of no use from a node that is no member: it has not been asked.
             if pay.key in outbox.asks or outbox.open.pop(pay.key, None) is None:
                 raise ProtocolError(Reason.UNEXPECTED, "a payment that answers no ask")
-            self.refused += not self.ledger.paid(peer, outbox.end, pay.key, Pay(pay.amount, pay.left), now_us)
+            received = Pay(pay.amount, pay.left)
+            self.refused += not self.ledger.receive_payment(peer, outbox.end, pay.key, received, now_us)
             self.received += pay.amount > 0
         for ask in payments.asks:
             check_key(ask.key)
@@ -263,7 +264,7 @@ class PaymentExchange:
                 self.refused += 1
             unknown_keys += answer is None
             outbox.pays[ask.key] = answer = answer or Pay(0, 0)
-            self.paid += answer.amount > 0
+            self.payments_sent += answer.amount > 0
         return unknown_keys
 
     def _receive_tickets(self, peer: str, payments: pb.Payments, outbox: PaymentOutbox, now_us: int) -> int:

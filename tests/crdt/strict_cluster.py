@@ -399,7 +399,7 @@ class StrictCluster:
         bucket = replica.bucket
         if self.counts_late or self.pays_twice:
             bucket.reserved.setdefault(end, pay.amount)
-        replica.policy.paid(payer, end, pay, self.limit.capacity * TOKEN, self.clock_us(replica))
+        replica.policy.receive_payment(payer, end, pay, self.limit.capacity * TOKEN, self.clock_us(replica))
 
     def _at(self, node: str, end: int) -> Replica | None:
         """The replica, while its end of the stream is open."""
@@ -462,7 +462,7 @@ class NoReservation(StrictBucket):
         self.asked_for = amount
         self.reserved[end] = 0
 
-    def paid(self, end: int, peer: str, amount: int, most: int) -> bool:
+    def receive_payment(self, end: int, peer: str, amount: int, most: int) -> bool:
         del self.reserved[end]
         self.level = min(self.ceiling, self.level + amount * self.limit.period_us)
         return True

@@ -154,7 +154,7 @@ def test_a_bucket_that_is_short_asks_and_uses_what_it_is_paid() -> None:
     ask = here.tick(ENDS, NOW_US, most=10, longest_key=100)["b"][b"k"]
     pay = there.answer("a", b"k", ask, NOW_US)
     assert pay is not None
-    assert here.paid("b", 7, b"k", pay, NOW_US)
+    assert here.receive_payment("b", 7, b"k", pay, NOW_US)
     assert bucket.take(30, NOW_US)
     other = there.bucket(b"k", LIMIT, NOW_US)
     assert other.level + bucket.level == 20 * TOKEN * LIMIT.period_us
@@ -206,7 +206,7 @@ def test_a_payment_of_more_than_the_peer_can_have_is_told() -> None:
     bucket.take(50, NOW_US)
     bucket.take(1, NOW_US)
     assert ledger.tick(ENDS, NOW_US, most=10, longest_key=100)
-    assert not ledger.paid("b", 7, b"k", Pay(60 * TOKEN, 0), NOW_US)
+    assert not ledger.receive_payment("b", 7, b"k", Pay(60 * TOKEN, 0), NOW_US)
     assert bucket.remaining <= 50
 
 
@@ -365,7 +365,7 @@ def test_what_is_withheld_held_and_paid_is_never_more_than_the_limit(seed: int, 
             case "arrive" if on_the_way:
                 sender, receiver, sent = on_the_way.pop(0)
                 if isinstance(sent, Pay):
-                    assert ledgers[receiver].paid(sender, ends[receiver], b"k", sent, now_us)
+                    assert ledgers[receiver].receive_payment(sender, ends[receiver], b"k", sent, now_us)
                 elif (pay := ledgers[receiver].answer(sender, b"k", sent, now_us)) is not None:
                     on_the_way.append((receiver, sender, pay))
                     paid += pay.amount

@@ -57,7 +57,7 @@ def test_what_is_paid_goes_into_the_account() -> None:
     ledger.note_short(KEY, NOW_US, 50_000)
     answered(ledger, NOW_US, room=30)
     asks(ledger, NOW_US)
-    assert ledger.paid("west", END, KEY, Pay(20 * TOKEN, 0), NOW_US)
+    assert ledger.receive_payment("west", END, KEY, Pay(20 * TOKEN, 0), NOW_US)
     bucket = bucket_of(ledger)
     assert bucket.held == 20
     needs = regional_needs(bucket, NOW_US)
@@ -71,7 +71,7 @@ def test_a_payment_after_the_grant_has_ended_does_not_count() -> None:
     ledger.note_short(KEY, NOW_US, 50_000)
     answered(ledger, NOW_US, room=30)
     asks(ledger, NOW_US)
-    ledger.paid("west", END, KEY, Pay(20 * TOKEN, 0), NOW_US + GRANT_US)
+    ledger.receive_payment("west", END, KEY, Pay(20 * TOKEN, 0), NOW_US + GRANT_US)
     assert bucket_of(ledger).held == 0
 
 

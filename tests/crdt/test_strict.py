@@ -251,7 +251,10 @@ def test_what_a_restarted_replica_had_is_lost_and_refills() -> None:
 
 
 def test_room_that_is_asked_for_does_not_refill_until_it_is_answered_or_its_end_is_closed() -> None:
-    for answer in (lambda bucket: bucket.paid(7, "b", 20 << 32, 50 * TOKEN), lambda bucket: bucket.closed(7, NOW_US)):
+    for answer in (
+        lambda bucket: bucket.receive_payment(7, "b", 20 << 32, 50 * TOKEN),
+        lambda bucket: bucket.closed(7, NOW_US),
+    ):
         bucket = half()
         assert bucket.take(50, NOW_US)
         bucket.ask(7, 30 << 32)
@@ -267,7 +270,7 @@ def test_more_than_was_asked_for_is_not_believed() -> None:
     bucket = half()
     assert bucket.take(50, NOW_US)
     bucket.ask(1, 10 << 32)
-    bucket.paid(1, "b", 50 << 32, 50 * TOKEN)
+    bucket.receive_payment(1, "b", 50 << 32, 50 * TOKEN)
     assert bucket.remaining == 10
 
 
@@ -279,7 +282,7 @@ def test_a_peer_that_pays_again_and_again_is_believed_no_more_than_its_home_hold
         while bucket.take(1, now_us):
             admitted += 1
         bucket.ask(step, 40 << 32)
-        bucket.paid(step, "b", 40 << 32, 25 * TOKEN)
+        bucket.receive_payment(step, "b", 40 << 32, 25 * TOKEN)
     most = 75 + 3 * rate_of(PER_SECOND_100, 200 * 20_000) // 4
     assert most - 2 <= admitted <= most
 
@@ -289,7 +292,7 @@ def test_what_a_peer_was_paid_it_can_pay_back() -> None:
     for end in range(10):
         assert bucket.pay("b", 25 << 32) == 25 << 32
         bucket.ask(end, 25 << 32)
-        assert bucket.paid(end, "b", 25 << 32, 25 * TOKEN)
+        assert bucket.receive_payment(end, "b", 25 << 32, 25 * TOKEN)
     assert bucket.remaining == 50
 
 
@@ -308,7 +311,7 @@ def test_a_limit_lowered_while_an_ask_is_open_leaves_no_more_than_the_home() -> 
     bucket.set_home(10 * TOKEN, NOW_US)
     bucket.advance(NOW_US + SECOND_US)
     assert bucket.remaining == 0
-    bucket.paid(1, "b", 40 << 32, 100 * TOKEN)
+    bucket.receive_payment(1, "b", 40 << 32, 100 * TOKEN)
     assert bucket.remaining == 10
 
 
@@ -463,7 +466,7 @@ def test_who_owes_asks_for_no_more_than_its_home_holds() -> None:
     bucket.take(75, NOW_US, always=True)
     assert bucket.room == bucket.ceiling
     bucket.ask(1, 50 * TOKEN)
-    bucket.paid(1, "b", 50 * TOKEN, 50 * TOKEN)
+    bucket.receive_payment(1, "b", 50 * TOKEN, 50 * TOKEN)
     assert bucket.remaining == 25
 
 
