@@ -135,10 +135,10 @@ class Ledger:
         self._kept = dict(kept)
         self._kept_order = deque(kept)
 
-    def _restore_some(self, strict_us: int, most: int) -> None:
+    def _restore_some(self, strict_us: int, max_buckets: int) -> None:
         """Make some of the purses that nobody has used yet, so that they fill up and are dropped like all others."""
         self._homes.look(strict_us)
-        for _ in range(min(most, len(self._kept_order))):
+        for _ in range(min(max_buckets, len(self._kept_order))):
             key = self._kept_order.popleft()
             if key not in self._kept:
                 continue
@@ -174,8 +174,10 @@ class Ledger:
         bucket.set_home(self.shares.home(key, limit.capacity, strict_us), strict_us)
         return bucket.withheld
 
-    def tick(self, ends: Mapping[str, int], strict_us: int, most: int, longest_key: int) -> dict[str, dict[bytes, Ask]]:
-        """Look at the next `most` active buckets.
+    def tick(
+        self, ends: Mapping[str, int], strict_us: int, max_buckets: int, longest_key: int
+    ) -> dict[str, dict[bytes, Ask]]:
+        """Look at up to `max_buckets` active buckets.
 
         Args:
             ends: by peer that can be asked, this node's end of the stream to it.
@@ -190,7 +192,7 @@ class Ledger:
         weights = self.shares.membership.weights
         members = {peer: end for peer, end in ends.items() if weights.get(peer)}
         asks: dict[str, dict[bytes, Ask]] = {}
-        for _ in range(min(most, len(self._active))):
+        for _ in range(min(max_buckets, len(self._active))):
             bucket = self._active.popleft()
             askable = members if len(bucket.key) <= longest_key else {}
             if bucket.home < FEW_TOKENS and bucket.key in self.queues.by_key:
@@ -228,8 +230,8 @@ class Ledger:
             False if the peer claims to pay more than it can have. Then only what it can have was added.
         """
         policy = self._all[key]
-        most = self.shares.most(peer, key, policy.bucket.limit.capacity)
-        is_right = policy.receive_payment(peer, end, pay, most, strict_us)
+        max_home = self.shares.max_home(peer, key, policy.bucket.limit.capacity)
+        is_right = policy.receive_payment(peer, end, pay, max_home, strict_us)
         queue = self.queues.by_key.get(key)
         if queue is not None:
             queue.serve(strict_us, SERVED_AT_ONCE)
@@ -242,8 +244,8 @@ class Ledger:
     def accept(self, number: int, wish: Wish, ticket: Ticket, strict_us: int) -> int:
         """Take the ticket that a peer has sent for a wish; see `WaitQueue.accept`."""
         queue = self.queues.by_key[wish.key]
-        most = self.shares.most(wish.peer, wish.key, queue.policy.bucket.limit.capacity)
-        return queue.accept(number, wish, ticket, most, strict_us)
+        max_home = self.shares.max_home(wish.peer, wish.key, queue.policy.bucket.limit.capacity)
+        return queue.accept(number, wish, ticket, max_home, strict_us)
 
     def set_aside(self, number: int, peer: str, key: bytes, tokens: int, strict_us: int) -> Ticket | None:
         """Answer a peer's wish: the ticket to send. Call `release` when the peer is done with it.
@@ -290,15 +292,15 @@ class Ledger:
         for key in keys:
             self._all[key].bucket.closed(end, strict_us)
 
-    def sweep(self, strict_us: int, most: int) -> int:
-        """Look at the next `most` buckets and drop those that are full and have no open asks.
+    def sweep(self, strict_us: int, max_buckets: int) -> int:
+        """Look at the next `max_buckets` and drop those that are full and have no open asks.
 
         Returns:
             How many it has looked at.
         """
         if self._kept and strict_us >= self.shares.from_us:
-            self._restore_some(strict_us, most)
-        count = min(most, len(self._sweep_order))
+            self._restore_some(strict_us, max_buckets)
+        count = min(max_buckets, len(self._sweep_order))
         for _ in range(count):
             policy = self._sweep_order.popleft()
             bucket = policy.bucket

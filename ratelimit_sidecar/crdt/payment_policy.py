@@ -86,13 +86,13 @@ class _Peer:
     """The last reports of a peer about one bucket.
 
     Args:
-        most: the largest that its home can be.
+        max_home: the largest that its home can be.
         left: the amount that it had left when it last answered, at `answered_us`.
         demand: its demand when it last asked, at `demand_us`.
         asked_us: when it was last asked.
     """
 
-    most: int = 0
+    max_home: int = 0
     left: int = 0
     answered_us: int = NEVER_US
     demand: int = 0
@@ -137,7 +137,7 @@ class PaymentPolicy:
             grains = room * left // total if total else 0
             # No more than the peer is credited with: anything above that would be paid but not counted here.
             if payer.answered_us != NEVER_US:
-                grains = min(grains, bucket.credit_of(peer, payer.most))
+                grains = min(grains, bucket.credit_of(peer, payer.max_home))
             amount = grains // limit.period_us
             if amount > home >> 8:
                 bucket.ask(ends[peer], amount)
@@ -169,11 +169,11 @@ class PaymentPolicy:
         paid = bucket.pay(peer, min(ask.amount, spare))
         return Pay(paid, max(0, level - paid - reserve))
 
-    def receive_payment(self, peer: str, end: int, pay: Pay, most: int, strict_us: int) -> bool:
+    def receive_payment(self, peer: str, end: int, pay: Pay, max_home: int, strict_us: int) -> bool:
         """Add a peer's payment; see `StrictBucket.receive_payment`."""
         self.bucket.advance(strict_us)
-        self.note_left(peer, pay.left, most, strict_us)
-        return self.bucket.receive_payment(end, peer, pay.amount, most)
+        self.note_left(peer, pay.left, max_home, strict_us)
+        return self.bucket.receive_payment(end, peer, pay.amount, max_home)
 
     def ticket(self, number: int, tokens: int, strict_us: int) -> Ticket:
         """Set aside up to `tokens` for requests that wait at a peer, without a reserve: a request that waits there
@@ -185,10 +185,10 @@ class PaymentPolicy:
         left = 0 if self._is_short(strict_us) else max(0, bucket.level) // bucket.limit.period_us
         return Ticket(tokens, left)
 
-    def note_left(self, peer: str, left: int, most: int, strict_us: int) -> None:
+    def note_left(self, peer: str, left: int, max_home: int, strict_us: int) -> None:
         """Note what a peer has left, as it reports with each payment and ticket."""
         payer = self._peers[peer]
-        payer.left, payer.most, payer.answered_us = left, most, strict_us
+        payer.left, payer.max_home, payer.answered_us = left, max_home, strict_us
 
     def add_left(self, peer: str, more: int) -> None:
         """Note that a peer has `more` left than it reported, because so much is returned to it."""
@@ -207,8 +207,8 @@ class PaymentPolicy:
             return max(bucket.home, TOKEN)
         if since_us < RECENT_US and not payer.left:
             return 0
-        ceiling, refill = scaled_home(bucket.limit, payer.most)
-        credit = bucket.credit_of(peer, payer.most)
+        ceiling, refill = scaled_home(bucket.limit, payer.max_home)
+        credit = bucket.credit_of(peer, payer.max_home)
         if since_us < FORGET_US:
             credit = min(credit, ceiling, payer.left * bucket.limit.period_us + since_us * refill)
         return credit // bucket.limit.period_us

@@ -84,12 +84,14 @@ class RegionalLedger(GrantLedger):
         bucket.note_demand(max(1, limit.tokens * every_us // limit.period_us))
         bucket.denied_us = strict_us
 
-    def tick(self, ends: Mapping[str, int], strict_us: int, most: int, longest_key: int) -> dict[str, dict[bytes, Ask]]:
+    def tick(
+        self, ends: Mapping[str, int], strict_us: int, max_buckets: int, longest_key: int
+    ) -> dict[str, dict[bytes, Ask]]:
         self._homes.look(strict_us)
         weights = self.shares.membership.weights
         members = {peer: end for peer, end in ends.items() if weights.get(peer)}
         asks: dict[str, dict[bytes, Ask]] = {}
-        for _ in range(min(most, len(self._active))):
+        for _ in range(min(max_buckets, len(self._active))):
             # It is left in its place for the calls to the account, which drop it when it is over.
             bucket = self._active[0]
             self._active.rotate(-1)

@@ -176,7 +176,7 @@ class Shares:
         """This node's home of one limit at `strict_us`."""
         return home_in(self.in_force(strict_us), self.node, key, capacity)
 
-    def most(self, member: str, key: bytes, capacity: int) -> int:
+    def max_home(self, member: str, key: bytes, capacity: int) -> int:
         """The largest that a node's home of one limit can be; 0 if it is no member."""
         memberships = (self.membership.weights, self.membership.previous or {})
         return max(home_of(weights, member, key, capacity) for weights in memberships)

@@ -233,15 +233,15 @@ class Store:
         self.journal.forget()
         yield from self._buckets.clear()
 
-    def drain_changes(self, most: int | None = None) -> list[tuple[Bucket, list[int]]]:
+    def drain_changes(self, max_buckets: int | None = None) -> list[tuple[Bucket, list[int]]]:
         """Buckets with the own slots written since they were last drained, in the order of the first of these writes.
 
         Args:
-            most: buckets; None for all.
+            max_buckets: buckets; None for all.
         """
-        changed = [(bucket, bucket.drain_changed_slots()) for bucket in self.journal.buckets[:most]]
+        changed = [(bucket, bucket.drain_changed_slots()) for bucket in self.journal.buckets[:max_buckets]]
         # Emptied in place: every bucket holds it.
-        del self.journal.buckets[:most]
+        del self.journal.buckets[:max_buckets]
         return changed
 
     def go_back(self, origin: Origin) -> None:
@@ -253,16 +253,16 @@ class Store:
         """
         self.origin = self.journal.origin = origin
 
-    def sweep(self, now_us: int, most: int) -> int:
-        """Look at the next `most` buckets in turn, or fewer if they hold many slots, and drop the idle ones; a call
+    def sweep(self, now_us: int, max_buckets: int) -> int:
+        """Look at the next `max_buckets` in turn, or fewer if they hold many slots, and drop the idle ones; a call
         resumes where the last one stopped. While all together have too many slots, it seals early.
 
         Returns:
-            How many it has looked at; at least one, if there is one and `most` is not 0.
+            How many it has looked at; at least one, if there is one and `max_buckets` is not 0.
         """
         looked = 0
-        left = most
-        count = min(most, len(self._buckets))
+        left = max_buckets
+        count = min(max_buckets, len(self._buckets))
         while left > 0 and looked < count:
             while not self._to_sweep:
                 self._to_sweep.extend(self._buckets.shards[self._next_shard].values())

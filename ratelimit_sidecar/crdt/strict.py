@@ -276,28 +276,28 @@ class StrictBucket(Bucket):
         self._note_lacking(peer, -amount)
         return amount
 
-    def receive_payment(self, end: int, peer: str, amount: int, most: int) -> bool:
+    def receive_payment(self, end: int, peer: str, amount: int, max_home: int) -> bool:
         """Add the payment that answers the ask open on `end`.
 
         Credit the peer at most with what it can have: its home, the refill since, and payments from here.
 
         Args:
-            most: the largest that the peer's home can be.
+            max_home: the largest that the peer's home can be.
 
         Returns:
             False if the peer claims more than that, or more than it was asked for.
         """
-        credit, asked = self.credit_of(peer, most), self.reserved.pop(end)
+        credit, asked = self.credit_of(peer, max_home), self.reserved.pop(end)
         grains = min(amount, asked) * self._limit.period_us
         # If the limit was lowered meanwhile, there may be less room than was reserved.
         added = max(0, min(grains, self.room, credit))
-        self._lacking[peer] = scaled_home(self._limit, most)[0] - credit + added, self.at_us
+        self._lacking[peer] = scaled_home(self._limit, max_home)[0] - credit + added, self.at_us
         self.level += added
         return amount <= asked and grains <= credit
 
-    def credit_of(self, peer: str, most: int) -> int:
+    def credit_of(self, peer: str, max_home: int) -> int:
         """The most grains that a peer with such a home can have at `at_us`."""
-        ceiling, refill = scaled_home(self._limit, most)
+        ceiling, refill = scaled_home(self._limit, max_home)
         lacking, at_us = self._lacking.get(peer, (0, 0))
         return ceiling - max(0, lacking - (self.at_us - at_us) * refill)
 
@@ -337,12 +337,12 @@ class StrictBucket(Bucket):
         """The ticket is not waited for any more. If it comes, it must be given back."""
         self.wishes.pop(number, None)
 
-    def accept(self, number: int, peer: str, tokens: int, most: int, strict_us: int) -> int:
+    def accept(self, number: int, peer: str, tokens: int, max_home: int, strict_us: int) -> int:
         """Add a ticket to the level, even if there is no room for it: the caller takes from it for what waits, and then
         calls `take_rest`, all at this instant.
 
         Args:
-            most: as in `receive_payment`.
+            max_home: as in `receive_payment`.
 
         Returns:
             The grains added; 0 if the ticket is too old, or is not wished for.
@@ -351,9 +351,9 @@ class StrictBucket(Bucket):
         wished_us = self.wishes.pop(number, NEVER_US)
         if self.at_us - wished_us > TICKET_US:
             return 0
-        credit = self.credit_of(peer, most)
+        credit = self.credit_of(peer, max_home)
         added = max(0, min((tokens * self._limit.period_us) << 32, credit))
-        self._lacking[peer] = scaled_home(self._limit, most)[0] - credit + added, self.at_us
+        self._lacking[peer] = scaled_home(self._limit, max_home)[0] - credit + added, self.at_us
         self.level += added
         return added
 

@@ -84,8 +84,10 @@ class WaitQueues:
         self._is_open = False
         self.end_all()
 
-    def tick(self, peers: Sequence[str], strict_us: int, most: int, longest_key: int) -> dict[str, dict[bytes, int]]:
-        """Look at the next `most` queues, and end up to `SERVED_AT_ONCE` waits.
+    def tick(
+        self, peers: Sequence[str], strict_us: int, max_queues: int, longest_key: int
+    ) -> dict[str, dict[bytes, int]]:
+        """Look at the next `max_queues` queues, and end up to `SERVED_AT_ONCE` waits.
 
         Args:
             peers: the connected members whose protocol has tickets.
@@ -97,7 +99,7 @@ class WaitQueues:
         self._peers, self._longest_key = peers, longest_key
         wishes: dict[str, dict[bytes, int]] = {}
         left = SERVED_AT_ONCE
-        for _ in range(min(most, len(self._order))):
+        for _ in range(min(max_queues, len(self._order))):
             queue = self._order.popleft()
             left -= queue.serve(strict_us, left)
             while left and (first := queue.first) is not None and first.number < self._ends_below:

@@ -213,21 +213,21 @@ class WaitQueue:
         self._wished[peer] = self._wished.get(peer, 0) + tokens
         self._all_wished += tokens
 
-    def accept(self, number: int, wish: Wish, ticket: Ticket, most: int, strict_us: int) -> int:
+    def accept(self, number: int, wish: Wish, ticket: Ticket, max_home: int, strict_us: int) -> int:
         """Serve waiting requests from a ticket that has arrived.
 
         Args:
             number: see `StrictBucket.wish`.
-            most: see `StrictBucket.receive_payment`.
+            max_home: see `StrictBucket.receive_payment`.
 
         Returns:
             The amount to give back to the peer.
         """
         peer = wish.peer
         self.end_wish(peer, wish.tokens)
-        self.policy.note_left(peer, ticket.left, most, strict_us)
+        self.policy.note_left(peer, ticket.left, max_home, strict_us)
         bucket = self.policy.bucket
-        added = bucket.accept(number, peer, ticket.tokens, most, strict_us)
+        added = bucket.accept(number, peer, ticket.tokens, max_home, strict_us)
         if not added:
             return ticket.tokens * TOKEN
         try:

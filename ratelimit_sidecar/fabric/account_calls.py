@@ -81,7 +81,7 @@ class AccountCalls:
         self._number += 1
         arguments: list[bytes | str] = [
             *(secrets.token_hex(8), self._life, str(self._number), str(self._answered)),
-            *(self._lineage, self._version, str(-(-self._room.most // self._shards))),
+            *(self._lineage, self._version, str(-(-self._room.max_buckets // self._shards))),
         ]
         for each in asked:
             limit, draw, home = each.bucket.limit, each.draw, each.bucket.home // TOKEN

@@ -55,7 +55,7 @@ def test_a_bucket_begins_with_what_has_refilled_since_the_home_began() -> None:
 def test_before_its_home_begins_a_replica_admits_nothing_and_afterwards_what_refills() -> None:
     ledger = make_ledger()
     assert not ledger.bucket(b"k", LIMIT, STARTED_US).take(1, STARTED_US)
-    ledger.tick(ENDS, STARTED_US + OLD_LOAN_US, most=10, longest_key=100)
+    ledger.tick(ENDS, STARTED_US + OLD_LOAN_US, max_buckets=10, longest_key=100)
     assert not ledger.bucket(b"k", LIMIT, STARTED_US + OLD_LOAN_US).take(1, STARTED_US + OLD_LOAN_US)
     later_us = STARTED_US + OLD_LOAN_US + 100_000
     bucket = ledger.bucket(b"k", LIMIT, later_us)
@@ -75,7 +75,7 @@ def pass_time(ledgers: Iterable[Ledger], now_us: int, hours: float) -> int:
     for _ in range(10):
         now_us += int(hours * HOUR_US / 10)
         for ledger in ledgers:
-            ledger.tick({}, now_us, most=10, longest_key=100)
+            ledger.tick({}, now_us, max_buckets=10, longest_key=100)
             ledger.sweep(now_us, 10)
     return now_us
 
@@ -93,13 +93,13 @@ def test_a_purse_that_nobody_uses_refills_by_the_home_it_has_while_a_member_is_b
     b = Ledger(Shares(Membership(1, both), "b", now_us), Origin("b", 1), lambda _key: limit)
     b.shares.receive("a", ShownMembership(2, alone), now_us)
     a.shares.receive("b", ShownMembership(1, both), now_us)
-    a.tick({}, now_us, most=10, longest_key=100)
+    a.tick({}, now_us, max_buckets=10, longest_key=100)
     b.bucket(b"k", limit, now_us)
     now_us = pass_time([a, b], now_us, 0.9)
     admitted = spent(b, limit, now_us)
     if returns:
         a.shares.receive("b", ShownMembership(2, alone), now_us)
-        a.tick({}, now_us, most=10, longest_key=100)
+        a.tick({}, now_us, max_buckets=10, longest_key=100)
     admitted += spent(a, limit, now_us)
     assert admitted <= 100 * (now_us - began_us) / HOUR_US
 
@@ -111,7 +111,7 @@ def test_a_purse_that_is_looked_at_late_has_refilled_by_its_home_since_that_chan
     now_us = pass_time([ledger], HOUR_US, 5)
     assert spent(ledger, limit, now_us) == 100
     ledger.shares.receive("b", ShownMembership(1, both), now_us)
-    ledger.tick({}, now_us, most=0, longest_key=100)
+    ledger.tick({}, now_us, max_buckets=0, longest_key=100)
     assert ledger.bucket(b"k", limit, now_us + HOUR_US * 3 // 5).remaining == 15
 
 
@@ -124,7 +124,7 @@ def test_however_often_homes_have_changed_a_purse_that_missed_it_holds_no_more_t
     larger = [ShownMembership(2, {"a": 1, "b": 1}), ShownMembership(2, alone)]
     for shown in [ShownMembership(1, both), *larger * MAX_CHANGES][: MAX_CHANGES + 3]:
         ledger.shares.receive("b", shown, now_us)
-        ledger.tick({}, now_us, most=10, longest_key=100)
+        ledger.tick({}, now_us, max_buckets=10, longest_key=100)
     assert ledger.bucket(b"k", limit, now_us).remaining == 25
     assert ledger.bucket(b"k", limit, pass_time([ledger], now_us, 0.5)).remaining == 75
 
@@ -151,7 +151,7 @@ def test_a_bucket_that_is_short_asks_and_uses_what_it_is_paid() -> None:
     bucket = here.bucket(b"k", LIMIT, NOW_US)
     assert bucket.take(50, NOW_US)
     assert not bucket.take(30, NOW_US)
-    ask = here.tick(ENDS, NOW_US, most=10, longest_key=100)["b"][b"k"]
+    ask = here.tick(ENDS, NOW_US, max_buckets=10, longest_key=100)["b"][b"k"]
     pay = there.answer("a", b"k", ask, NOW_US)
     assert pay is not None
     assert here.receive_payment("b", 7, b"k", pay, NOW_US)
@@ -163,21 +163,21 @@ def test_a_bucket_that_is_short_asks_and_uses_what_it_is_paid() -> None:
 def test_nothing_is_asked_for_a_bucket_nobody_asks_for() -> None:
     ledger = make_ledger()
     ledger.bucket(b"k", LIMIT, NOW_US)
-    assert ledger.tick(ENDS, NOW_US, most=10, longest_key=100) == {}
+    assert ledger.tick(ENDS, NOW_US, max_buckets=10, longest_key=100) == {}
 
 
 def test_only_members_are_asked() -> None:
     ledger = make_ledger()
     ledger.bucket(b"k", LIMIT, NOW_US).take(60, NOW_US)
-    assert ledger.tick({"stranger": 7}, NOW_US, most=10, longest_key=100) == {}
+    assert ledger.tick({"stranger": 7}, NOW_US, max_buckets=10, longest_key=100) == {}
 
 
 def test_peers_are_not_asked_about_a_key_that_is_too_long_for_them() -> None:
     ledger = make_ledger()
     key = bytes(101)
     assert ledger.bucket(key, LIMIT, NOW_US).take(50, NOW_US)
-    assert ledger.tick(ENDS, NOW_US, most=10, longest_key=100) == {}
-    assert list(ledger.tick(ENDS, NOW_US, most=10, longest_key=101)["b"]) == [key]
+    assert ledger.tick(ENDS, NOW_US, max_buckets=10, longest_key=100) == {}
+    assert list(ledger.tick(ENDS, NOW_US, max_buckets=10, longest_key=101)["b"]) == [key]
 
 
 def test_a_tick_looks_at_no_more_buckets_than_it_may_and_at_all_in_turn() -> None:
@@ -185,7 +185,7 @@ def test_a_tick_looks_at_no_more_buckets_than_it_may_and_at_all_in_turn() -> Non
     keys = [b"k%d" % index for index in range(10)]
     for key in keys:
         ledger.bucket(key, LIMIT, NOW_US).take(60, NOW_US, always=True)
-    asked = [key for _ in range(3) for key in ledger.tick(ENDS, NOW_US, most=4, longest_key=100).get("b", {})]
+    asked = [key for _ in range(3) for key in ledger.tick(ENDS, NOW_US, max_buckets=4, longest_key=100).get("b", {})]
     assert asked == keys
 
 
@@ -194,10 +194,10 @@ def test_what_is_asked_for_on_an_end_that_closes_is_asked_for_on_the_next_one() 
     bucket = ledger.bucket(b"k", LIMIT, NOW_US)
     bucket.take(50, NOW_US)
     bucket.take(1, NOW_US)
-    first = ledger.tick(ENDS, NOW_US, most=10, longest_key=100)["b"]
-    assert ledger.tick(ENDS, NOW_US + 400_000, most=10, longest_key=100) == {}
+    first = ledger.tick(ENDS, NOW_US, max_buckets=10, longest_key=100)["b"]
+    assert ledger.tick(ENDS, NOW_US + 400_000, max_buckets=10, longest_key=100) == {}
     ledger.closed(7, first, NOW_US + 400_000)
-    assert list(ledger.tick({"b": 8}, NOW_US + 400_000, most=10, longest_key=100)["b"]) == [b"k"]
+    assert list(ledger.tick({"b": 8}, NOW_US + 400_000, max_buckets=10, longest_key=100)["b"]) == [b"k"]
 
 
 def test_a_payment_of_more_than_the_peer_can_have_is_told() -> None:
@@ -205,7 +205,7 @@ def test_a_payment_of_more_than_the_peer_can_have_is_told() -> None:
     bucket = ledger.bucket(b"k", LIMIT, NOW_US)
     bucket.take(50, NOW_US)
     bucket.take(1, NOW_US)
-    assert ledger.tick(ENDS, NOW_US, most=10, longest_key=100)
+    assert ledger.tick(ENDS, NOW_US, max_buckets=10, longest_key=100)
     assert not ledger.receive_payment("b", 7, b"k", Pay(60 * TOKEN, 0), NOW_US)
     assert bucket.remaining <= 50
 
@@ -222,15 +222,15 @@ def test_a_full_bucket_that_asks_for_nothing_is_dropped_and_no_other() -> None:
     bucket = ledger.bucket(b"k", LIMIT, NOW_US)
     bucket.take(50, NOW_US)
     bucket.take(1, NOW_US)
-    asks = ledger.tick(ENDS, NOW_US, most=10, longest_key=100)["b"]
+    asks = ledger.tick(ENDS, NOW_US, max_buckets=10, longest_key=100)["b"]
     later_us = NOW_US + 3_000_000
-    ledger.tick(ENDS, later_us, most=10, longest_key=100)
-    assert ledger.sweep(later_us, most=10) == 1
+    ledger.tick(ENDS, later_us, max_buckets=10, longest_key=100)
+    assert ledger.sweep(later_us, max_buckets=10) == 1
     assert len(ledger) == 1
     ledger.closed(7, asks, later_us)
     later_us += 3_000_000
-    ledger.tick(ENDS, later_us, most=10, longest_key=100)
-    assert ledger.sweep(later_us, most=10) == 1
+    ledger.tick(ENDS, later_us, max_buckets=10, longest_key=100)
+    assert ledger.sweep(later_us, max_buckets=10) == 1
     assert len(ledger) == 0
 
 
@@ -360,7 +360,7 @@ def test_what_is_withheld_held_and_paid_is_never_more_than_the_limit(seed: int, 
                 held[node] += max(0, withheld[node] - withheld_before) * limit.period_us
                 held[node] = min(held[node], limit.period_us * withheld[node])
             case "tick":
-                asks = ledger.tick({other: ends[node]}, now_us, most=10, longest_key=100)
+                asks = ledger.tick({other: ends[node]}, now_us, max_buckets=10, longest_key=100)
                 on_the_way += [(node, other, ask) for ask in asks.get(other, {}).values()]
             case "arrive" if on_the_way:
                 sender, receiver, sent = on_the_way.pop(0)

@@ -36,9 +36,9 @@ def test_a_bucket_is_dropped_once_it_is_full_and_its_slots_are_behind_the_horizo
     store = make_store()
     store.bucket(b"known", LIMIT, NOW_US).take(1, NOW_US)
     store.drain_changes()
-    assert store.sweep(NOW_US + 1_000_000, most=10) == 1
+    assert store.sweep(NOW_US + 1_000_000, max_buckets=10) == 1
     assert (len(store), store.evicted) == (1, 0)
-    assert store.sweep(NOW_US + 2 * LIMIT.horizon_us, most=10) == 1
+    assert store.sweep(NOW_US + 2 * LIMIT.horizon_us, max_buckets=10) == 1
     assert (len(store), store.evicted) == (0, 1)
 
 
@@ -176,10 +176,10 @@ def test_a_step_of_the_sweep_looks_at_few_buckets_if_they_hold_slots_of_many_rep
 def test_a_bucket_with_news_for_peers_stays() -> None:
     store = make_store()
     store.bucket(b"known", LIMIT, NOW_US).take(1, NOW_US)
-    store.sweep(NOW_US + 2 * LIMIT.horizon_us, most=10)
+    store.sweep(NOW_US + 2 * LIMIT.horizon_us, max_buckets=10)
     assert len(store) == 1
     store.drain_changes()
-    store.sweep(NOW_US + 2 * LIMIT.horizon_us, most=10)
+    store.sweep(NOW_US + 2 * LIMIT.horizon_us, max_buckets=10)
     assert len(store) == 0
 
 
@@ -187,7 +187,7 @@ def test_a_sweep_resumes_where_the_last_one_stopped() -> None:
     store = make_store()
     for index in range(10):
         store.bucket(b"known%d" % index, LIMIT, NOW_US)
-    assert [store.sweep(NOW_US, most=4) for _ in range(3)] == [4, 4, 2]
+    assert [store.sweep(NOW_US, max_buckets=4) for _ in range(3)] == [4, 4, 2]
     assert len(store) == 0
 
 
@@ -252,5 +252,5 @@ def test_a_bucket_that_is_dropped_leaves_its_room_to_others() -> None:
     store = Store(HERE, lambda _key: LIMIT, max_buckets=2)
     for number in range(20):
         store.bucket(b"%d" % number, LIMIT, NOW_US)
-        store.sweep(NOW_US, most=10)
+        store.sweep(NOW_US, max_buckets=10)
         assert len(store) == 0
