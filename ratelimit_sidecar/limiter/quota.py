@@ -34,7 +34,7 @@ from ratelimit_sidecar.limiter.assignment import (
 from ratelimit_sidecar.limiter.demand_log import DemandLog
 from ratelimit_sidecar.limiter.fair_shares import Group
 from ratelimit_sidecar.limiter.limiter import MAX_HITS, Limiter
-from ratelimit_sidecar.limiter.plan import Step
+from ratelimit_sidecar.limiter.plan import PlannedTake
 from ratelimit_sidecar.limiter.quota_charges import Charges
 from ratelimit_sidecar.limiter.quota_division import IDLE_PART, Division
 from ratelimit_sidecar.limiter.quota_pool import (
@@ -369,12 +369,12 @@ class Quotas:
             bucket = self._add_bucket(stream, key, usage, elapsed_s, strict_us)
         elif bucket.generation != self._limiter.generation:
             self._match_again(bucket, strict_us)
-        step = bucket.step
-        self._count(step, allowed, denied)
-        if step.compiled.rule is None:
+        take = bucket.planned_take
+        self._count(take, allowed, denied)
+        if take.compiled.rule is None:
             counts.errors["no_rule"] += 1
         pool = bucket.pool
-        if allowed and pool.step is not None:
+        if allowed and pool.planned_take is not None:
             self._charges.add(pool, allowed, strict_us, is_kept=self.pools.get(pool.key) is pool)
         if bucket not in pool.buckets:
             return None
@@ -398,11 +398,11 @@ class Quotas:
         """Create the record of a bucket reported for the first time. It is returned but not stored if there is no room,
         or if its Envoy is crowded and has it only now.
         """
-        step = self._step_of(key)
+        take = self._take_of(key)
         is_welcome = elapsed_s > 0 or not stream.is_crowded
         # An Envoy may have as many pools and buckets as are still free.
-        pool = self._pool(step, may_add=is_welcome and len(stream.buckets) < self._max_pools - len(self.pools))
-        bucket = EnvoyBucket(stream, key, usage, pool, step)
+        pool = self._pool(take, may_add=is_welcome and len(stream.buckets) < self._max_pools - len(self.pools))
+        bucket = EnvoyBucket(stream, key, usage, pool, take)
         bucket.generation = self._limiter.generation
         bucket.active_us = strict_us
         # The Envoy says how much time has elapsed. It decides only whether it has an assignment, and the first demand.
@@ -431,17 +431,17 @@ class Quotas:
         pool.buckets[bucket] = None
         return bucket
 
-    def _pool(self, step: Step, *, may_add: bool) -> Pool:
-        limit = step.compiled.limit
+    def _pool(self, take: PlannedTake, *, may_add: bool) -> Pool:
+        limit = take.compiled.limit
         if limit is None:
             return self._unlimited
-        key = step.bucket_key
+        key = take.bucket_key
         pool = self.pools.get(key)
         if pool is None:
             pool = Pool(key, limit)
             if may_add:
                 self.pools[key] = pool
-        pool.step = step
+        pool.planned_take = take
         if pool.limit != limit:
             pool.limit, pool.share_base = limit, share_base_of(limit)
         return pool
@@ -449,13 +449,13 @@ class Quotas:
     def _has_room(self, pool: Pool) -> bool:
         return pool is self._unlimited or (pool.key in self.pools and len(pool.buckets) < MAX_POOL_BUCKETS)
 
-    def _count(self, step: Step, allowed: int, denied: int) -> None:
+    def _count(self, take: PlannedTake, allowed: int, denied: int) -> None:
         """Count reported requests like those decided here."""
-        counts = step.counts
+        counts = take.counts
         counts.ok += allowed
-        if step.compiled.limit is not None:
+        if take.compiled.limit is not None:
             counts.admitted_hits += allowed
-        elif step.compiled.rule is not None:
+        elif take.compiled.rule is not None:
             counts.unlimited_hits += allowed
         counts.over_limit += denied
         counts.denied_hits += denied
@@ -466,8 +466,8 @@ class Quotas:
         one.
         """
         bucket.generation = self._limiter.generation
-        bucket.step = self._step_of(bucket.key)
-        pool = self._pool(bucket.step, may_add=len(self.pools) < self._max_pools)
+        bucket.planned_take = self._take_of(bucket.key)
+        pool = self._pool(bucket.planned_take, may_add=len(self.pools) < self._max_pools)
         self._mark_dirty(pool)
         if pool is bucket.pool:
             return
@@ -482,9 +482,9 @@ class Quotas:
         # Until it gets a new one, its assignment counts in the former pool.
         bucket.assignment = None
 
-    def _step_of(self, key: tuple[str, Pairs]) -> Step:
+    def _take_of(self, key: tuple[str, Pairs]) -> PlannedTake:
         domain, pairs = key
-        return self._limiter.quota_step(domain, self._limiter.rules.in_order(domain, pairs))
+        return self._limiter.rlqs_take(domain, self._limiter.rules.in_order(domain, pairs))
 
     def _drop(self, bucket: EnvoyBucket, strict_us: int) -> None:
         """Drop the record of a bucket that no longer exists."""
@@ -596,8 +596,8 @@ class Quotas:
         pool.waiting.clear()
 
     def _publish_demand(self, pool: Pool, own: list[Group], strict_us: int) -> None:
-        step = pool.step
-        if step is None or not step.compiled.is_replicated:
+        take = pool.planned_take
+        if take is None or not take.compiled.is_replicated:
             return
         demand = tuple(own)
         if demand != pool.demand or (demand and strict_us - pool.demand_sent_us >= PUBLISH_US):
@@ -631,7 +631,7 @@ class Quotas:
         if bucket in pool.waiting:
             return None
         base = pool.share_base
-        if base is None or bucket.step.compiled.is_shadow or self._limiter.settings.shadow_mode:
+        if base is None or bucket.planned_take.compiled.is_shadow or self._limiter.settings.shadow_mode:
             pool.held -= bucket.rate
             assignment = ALLOW_ALL
         else:
@@ -652,7 +652,7 @@ class Quotas:
         others = pool.held - before
         free = max(0, pool.budget - others)
         share = min(target, free)
-        if bucket.step.compiled.is_strict:
+        if bucket.planned_take.compiled.is_strict:
             share = free = max(0, min(share, self._division.withhold(pool, base, others + share, strict_us) - others))
             if share < target:
                 # The strict bucket will have more tokens soon.
@@ -666,7 +666,7 @@ class Quotas:
         ):
             assignment = previous
         else:
-            assignment = noticeable(previous, assign(base, share, is_strict=bucket.step.compiled.is_strict))
+            assignment = noticeable(previous, assign(base, share, is_strict=bucket.planned_take.compiled.is_strict))
         pool.held += assignment.rate - before
         if assignment.rate < before:
             # Others may wait for the rate that this frees.

@@ -75,6 +75,6 @@ class Charges:
         pool.pending -= tokens
         if not pool.pending:
             self._pools.pop(pool, None)
-        step = pool.step
-        if step is not None and tokens and not step.compiled.is_strict:
-            self._limiter.charge(step, tokens, self._now_us())
+        take = pool.planned_take
+        if take is not None and tokens and not take.compiled.is_strict:
+            self._limiter.charge(take, tokens, self._now_us())

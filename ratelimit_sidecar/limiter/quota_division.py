@@ -54,7 +54,7 @@ class Division:
             demand = bucket.demand if bucket.demand >= 0 else total // everybody
             bucket.want = min(rounded_want(demand + demand // HEADROOM_PART), MAX_RATE)
             wants.append(bucket.want)
-        if pool.step is not None and pool.step.compiled.is_strict:
+        if pool.planned_take is not None and pool.planned_take.compiled.is_strict:
             # The bucket gets back rates that expired, and keeps the rate that nobody here wants.
             self.withhold(pool, base, pool.held, strict_us)
             total = min(total, max(sum(wants), total // IDLE_PART))
@@ -73,24 +73,24 @@ class Division:
 
     def release(self, pool: Pool, strict_us: int) -> None:
         """Give the pool's part back to the strict bucket: no Envoy has an assignment any more."""
-        if pool.step is not None and pool.step.compiled.is_strict and pool.share_base is not None:
+        if pool.planned_take is not None and pool.planned_take.compiled.is_strict and pool.share_base is not None:
             self.withhold(pool, pool.share_base, 0, strict_us)
 
     def _total(self, pool: Pool, base: ShareBase, strict_us: int) -> int:
         """The rate that can be divided."""
-        step, ledger = pool.step, self._limiter.ledger
-        if step is None or pool.limit is None:
+        take, ledger = pool.planned_take, self._limiter.ledger
+        if take is None or pool.limit is None:
             return base.rate
-        if step.compiled.is_strict:
+        if take.compiled.is_strict:
             assert ledger is not None
             assert isinstance(pool.limit, TokenBucketLimit)
             capacity = pool.limit.capacity
             return base.rate * ledger.shares.home(pool.key, capacity, strict_us) // (TOKEN * max(1, capacity))
         limit, charged_us = pool.limit, self._now_us()
         if isinstance(limit, WindowLimit):
-            left = self._limiter.left_within(step, look_ahead_us(limit), charged_us)
+            left = self._limiter.left_within(take, look_ahead_us(limit), charged_us)
             return within_window(limit, base.rate, left)
-        return within_debt(limit, base.rate, self._limiter.used(step, charged_us))
+        return within_debt(limit, base.rate, self._limiter.used(take, charged_us))
 
     def withhold(self, pool: Pool, base: ShareBase, rate: int, strict_us: int) -> int:
         """Withhold the rate that Envoys have in total from the bucket of a strict limit.

@@ -12,7 +12,7 @@ from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateL
 from ratelimit_sidecar.envoy_api.envoy.type.v3.ratelimit_unit_pb2 import RateLimitUnit
 from ratelimit_sidecar.limiter.encoding import varint
 from ratelimit_sidecar.limiter.limiter import MAX_HITS, Limiter
-from ratelimit_sidecar.limiter.plan import Plan, Step
+from ratelimit_sidecar.limiter.plan import Plan, PlannedTake
 from ratelimit_sidecar.limiter.plan_cache import MAX_BYTES, MAX_PLAN_BYTES, PlanCache
 from ratelimit_sidecar.limiter.request import MAX_DESCRIPTORS, MAX_ENTRIES, InvalidRequest
 from ratelimit_sidecar.limiter.rules import Charge, Consistency, Rule, RuleNode, Rules, Unit
@@ -144,7 +144,7 @@ def test_only_replicated_rules_have_buckets_that_peers_may_name() -> None:
     limiter = make_limiter(Rules(RULES.domains, DEFAULT_RULE))
     decide(limiter, make_request({"agent": "a"}, {"path": "/"}, {"colour": "red"}))
     keys = [
-        step.bucket_key for step in limiter.plan(make_request({"agent": "a"}, {"path": "/"}, {"colour": "red"})).steps
+        take.bucket_key for take in limiter.plan(make_request({"agent": "a"}, {"path": "/"}, {"colour": "red"})).takes
     ]
     assert [limiter.store.limit_of_key(key) for key in keys] == [PER_AGENT.limit, None, DEFAULT_RULE.limit]
     assert [bucket.key for bucket, _ in limiter.store.drain_changes()] == [keys[0], keys[2]]
@@ -186,8 +186,8 @@ def test_a_plan_is_made_once_for_equal_requests_unless_they_are_too_long_to_keep
     short, long = make_request({"agent": "a"}), make_request({"agent": "a" * MAX_PLAN_BYTES})
     assert limiter.plan(short) is limiter.plan(bytes(bytearray(short)))
     assert limiter.plan(long) is not limiter.plan(long)
-    assert [step.bucket_key for step in limiter.plan(long).steps] == [
-        step.bucket_key for step in limiter.plan(long).steps
+    assert [take.bucket_key for take in limiter.plan(long).takes] == [
+        take.bucket_key for take in limiter.plan(long).takes
     ]
 
 
@@ -274,8 +274,8 @@ def test_the_cycle_collector_does_not_see_plans_that_are_kept() -> None:
     seen = [kept]
     for held in seen:
         assert not gc.is_tracked(held), type(held)
-        seen += [part for part in gc.get_referents(held) if isinstance(part, Step | tuple)]
-    assert len(seen) == 1 + len([kept.steps, *kept.steps]) + len([kept.descriptors, *kept.descriptors]) + 3
+        seen += [part for part in gc.get_referents(held) if isinstance(part, PlannedTake | tuple)]
+    assert len(seen) == 1 + len([kept.takes, *kept.takes]) + len([kept.descriptors, *kept.descriptors]) + 3
 
 
 def test_plans_are_bounded_in_bytes_not_in_number() -> None:
