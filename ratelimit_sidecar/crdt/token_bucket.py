@@ -188,12 +188,11 @@ class TokenBucket(Bucket):
         """
         self.advance(now_us)
         self._seal_when_due()
-        limit, at_us, spilled = self._limit, self.at_us, self._spilled
-        exponent, period_us = limit.exponent, limit.period_us
-        oldest_us = max(self._base_us, limit.boundary_us(at_us))
+        limit = self._limit
+        oldest_us = max(self._base_us, limit.boundary_us(self.at_us))
         # An id is its slot's start with the exponent in the low bits.
-        newest_us = at_us + MAX_AHEAD_US
-        widest = max(exponent, MAX_WIDER_EXPONENT)
+        newest_us = self.at_us + MAX_AHEAD_US
+        widest = max(limit.exponent, MAX_WIDER_EXPONENT)
         news = 0
         too_many = refold = False
         for entry in entries:
@@ -211,27 +210,35 @@ class TokenBucket(Bucket):
                 too_many = refold = True
             if slot & REFUND:
                 self._refunded_until_us = max(self._refunded_until_us, slot_end_us(slot))
-            charge = added * period_us
-            self._peak += charge
-            if refold or slot < self._refunded_until_us or self._peak > limit.debt_ceiling:
-                refold = True
-                continue
-            entry_us = placed_us(slot, exponent)
-            if entry_us >= self.full_at_us:
-                self.deficit += charge
-                continue
-            # A narrower slot, from before the limit changed, has its middle elsewhere.
-            is_narrower = slot_exponent(slot) < exponent
-            unpaid = None if spilled is None or is_narrower else spilled.pay(charge, entry_us)
-            if unpaid is None:
-                refold = True
-            else:
-                self.deficit += unpaid
+            refold = refold or not self._place(slot, added * limit.period_us)
         if too_many:
             self._trim()
         if refold:
             self._recount()
         return news
+
+    def _place(self, slot: int, charge: int) -> bool:
+        """Add what a peer took in a slot to the live deficit, as of the middle of the slot.
+
+        Returns:
+            False if all slots have to be folded again instead.
+        """
+        limit, spilled = self._limit, self._spilled
+        self._peak += charge
+        if slot < self._refunded_until_us or self._peak > limit.debt_ceiling:
+            return False
+        entry_us = placed_us(slot, limit.exponent)
+        if entry_us >= self.full_at_us:
+            self.deficit += charge
+            return True
+        # A narrower slot, from before the limit changed, has its middle elsewhere.
+        if spilled is None or slot_exponent(slot) < limit.exponent:
+            return False
+        unpaid = spilled.pay(charge, entry_us)
+        if unpaid is None:
+            return False
+        self.deficit += unpaid
+        return True
 
     @property
     def base(self) -> Base:

@@ -241,7 +241,10 @@ class Limiter:
                 if bucket.key != take.bucket_key:
                     self._note_overflow(plan.domain, take)
             is_charged = not withholds or take.charges_always
-            if bucket.take(hits, at_us, always=take.charges_always) if is_charged else bucket.would_admit(hits, at_us):
+            is_admitted = (
+                bucket.take(hits, at_us, always=take.charges_always) if is_charged else bucket.would_admit(hits, at_us)
+            )
+            if is_admitted:
                 remaining = bucket.remaining
                 counts.ok += 1
                 if is_charged:
