@@ -1,4 +1,4 @@
-"""Who owns how much of every strict limit: homes by configured membership, safe while it changes.
+"""Who owns how much of every strict limit, which is a node's *home*: by configured membership, safe while it changes.
 
 Homes come from weights that every member configures alike, under an epoch number. The rule that keeps the sum of homes
 at most one limit while epochs differ:
@@ -95,7 +95,7 @@ _WITHOUT_THIS_NODE: Final[Mapping[str, int]] = {"": 1}
 
 @dataclass(slots=True)
 class Shares:
-    """The membership as one node sees it.
+    """The membership as one node sees it, and the homes that follow from it.
 
     Args:
         node: this node.
@@ -167,8 +167,8 @@ class Shares:
                 self._behind.append((shown.weights, {peer}))
         self._behind = [each for each in self._behind if each[1]]
 
-    def part(self, strict_us: int) -> float:
-        """This node's part of every limit at `strict_us`, but for rounding."""
+    def home_fraction(self, strict_us: int) -> float:
+        """This node's homes at `strict_us`, as a fraction of each limit, but for rounding."""
         in_force = self.in_force(strict_us)
         return min((weights.get(self.node, 0) / sum(weights.values()) for weights in in_force), default=0)
 

@@ -24,7 +24,7 @@ class CompiledRule:
         over_head: the beginning of the status of a denied one.
         is_shadow: True if a denied descriptor is answered with OK.
         is_replicated: True if takes are sent to peers.
-        is_strict: True if it takes from this replica's share only.
+        is_strict: True if it takes from this replica's purse only.
         in_quota_mode: True if this rule alone, over its limit, does not make the answer OVER_LIMIT.
         near_from: hits above this number of tokens are near the limit.
         is_decorated: True if the answer may have headers, a body or metadata.

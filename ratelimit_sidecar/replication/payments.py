@@ -148,7 +148,7 @@ class PaymentExchange:
         shares, now_us = self.ledger.shares, self._strict_us()
         return MembershipStatus(
             epoch=shares.membership.epoch,
-            home_share=shares.part(now_us),
+            home_share=shares.home_fraction(now_us),
             settled=shares.is_settled and now_us >= shares.from_us,
             conflicts=tuple(shares.conflicts),
             buckets=len(self.ledger),

@@ -378,7 +378,7 @@ def test_what_is_withheld_held_and_paid_is_never_more_than_the_limit(seed: int, 
     assert paid
 
 
-def test_nothing_is_withheld_before_there_is_a_home_share() -> None:
+def test_nothing_is_withheld_before_there_is_a_home() -> None:
     assert make_ledger().withhold(b"k", LIMIT, 50 * TOKEN, STARTED_US) == 0
 
 

@@ -207,7 +207,7 @@ def test_an_answer_after_its_end_has_closed_does_not_count() -> None:
         answer_after_its_end_has_closed(counts_late=True)
 
 
-def test_under_overload_everywhere_each_region_has_its_home_share() -> None:
+def test_under_overload_everywhere_each_region_has_its_home() -> None:
     cluster = StrictCluster(PER_SECOND_100, delay_us=80_000, weights={"a": 2, "b": 1, "c": 1})
     for node in cluster.nodes:
         cluster.take_all(node)
@@ -342,14 +342,14 @@ def test_the_tokens_that_cannot_be_divided_go_to_every_node_in_turn() -> None:
     assert min(lucky.values()) > 120
 
 
-def test_what_a_node_shows_that_is_no_member_changes_nobodys_share() -> None:
+def test_what_a_node_shows_that_is_no_member_changes_nobodys_home() -> None:
     shares = Shares(Membership(1, {"a": 1, "b": 1}), "a", 0)
     shares.receive("stranger", ShownMembership(1, {"stranger": 1}), OLD_LOAN_US)
-    assert shares.part(OLD_LOAN_US) == 1 / 2
+    assert shares.home_fraction(OLD_LOAN_US) == 1 / 2
     assert list(shares.conflicts) == ["stranger"]
     shares = Shares(Membership(2, {"a": 1}, {"a": 1, "b": 1}), "a", 0)
     shares.receive("b", ShownMembership(2, {"b": 1}), OLD_LOAN_US)
-    assert shares.part(OLD_LOAN_US) == 0, "a member's word, of the epoch before as well"
+    assert shares.home_fraction(OLD_LOAN_US) == 0, "a member's word, of the epoch before as well"
 
 
 def test_whoever_dials_in_under_ever_new_names_is_not_remembered() -> None:
@@ -363,11 +363,11 @@ def test_whoever_dials_in_under_ever_new_names_is_not_remembered() -> None:
     assert len(shares.conflicts) == MAX_CONFLICTS
     shares.receive("b", ShownMembership(1, {"a": 1, "b": 3}), 0)
     assert "b" in shares.conflicts
-    assert shares.part(OLD_LOAN_US) == 1 / 4
+    assert shares.home_fraction(OLD_LOAN_US) == 1 / 4
 
 
 @pytest.mark.parametrize("order", list(permutations("bcd")))
-def test_while_two_epochs_are_in_flight_the_home_shares_sum_to_at_most_one(order: tuple[str, ...]) -> None:
+def test_while_two_epochs_are_in_flight_the_homes_sum_to_at_most_one(order: tuple[str, ...]) -> None:
     """Nodes are restarted into the new epoch one by one, d joins and a leaves; the sum is taken at every step."""
     old, new = {"a": 1, "b": 1, "c": 2}, {"b": 2, "c": 1, "d": 1}
     before, after = Membership(1, old), Membership(2, new, old)
@@ -385,7 +385,7 @@ def test_while_two_epochs_are_in_flight_the_home_shares_sum_to_at_most_one(order
                         one.receive(other.node, shown, later_us)
             assert sum(view.home(b"k", 100, later_us) for view in views.values()) <= 100 * TOKEN
             now_us = later_us
-    assert {node: view.part(now_us) for node, view in views.items()} == {node: new[node] / 4 for node in views}
+    assert {node: view.home_fraction(now_us) for node, view in views.items()} == {node: new[node] / 4 for node in views}
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -404,13 +404,13 @@ def test_however_many_changes_nodes_have_missed_or_taken_back_the_homes_sum_to_a
         assert sum(view.home(b"k", 100, now_us) for view in views.values()) <= 100 * TOKEN
 
 
-def test_a_peer_with_other_members_under_the_same_epoch_leaves_the_smaller_share() -> None:
+def test_a_peer_with_other_members_under_the_same_epoch_leaves_the_smaller_home() -> None:
     shares = Shares(Membership(1, {"a": 1, "b": 1}), "a", 0)
     shares.receive("b", ShownMembership(1, {"a": 1, "b": 3}), OLD_LOAN_US)
-    assert shares.part(OLD_LOAN_US) == 1 / 4
+    assert shares.home_fraction(OLD_LOAN_US) == 1 / 4
     assert list(shares.conflicts) == ["b"]
     shares.receive("b", ShownMembership(1, {"a": 1, "b": 1}), OLD_LOAN_US)
-    assert shares.part(OLD_LOAN_US) == 1 / 2
+    assert shares.home_fraction(OLD_LOAN_US) == 1 / 2
 
 
 def test_charged_always_a_strict_bucket_owes() -> None:
@@ -492,9 +492,9 @@ def test_a_new_share_counts_in_full_when_the_last_member_has_shown_the_epoch() -
     shares = Shares(Membership(2, {"a": 3, "b": 1}, {"a": 1, "b": 3}), "a", 0)
     shares.receive("b", ShownMembership(1, {"a": 1, "b": 3}), HOLD_US)
     assert not shares.is_settled
-    assert shares.part(HOLD_US) == 1 / 4
+    assert shares.home_fraction(HOLD_US) == 1 / 4
     shares.receive("b", ShownMembership(2, {"a": 3, "b": 1}), 2 * SECOND_US)
-    assert shares.part(2 * SECOND_US) == 3 / 4
+    assert shares.home_fraction(2 * SECOND_US) == 3 / 4
 
 
 def test_the_weights_of_a_member_that_two_changes_have_not_reached_count_until_it_shows_the_epoch() -> None:
@@ -509,12 +509,12 @@ def test_the_weights_of_a_member_that_two_changes_have_not_reached_count_until_i
         (ShownMembership(3, three), 5 / 10),
     ]:
         shares.receive("b", shown, OLD_LOAN_US)
-        assert shares.part(OLD_LOAN_US) == part
+        assert shares.home_fraction(OLD_LOAN_US) == part
     for peer in ("b", "c"):
         shares.receive(peer, ShownMembership(1, one), OLD_LOAN_US)
     assert shares.in_force(OLD_LOAN_US) == [three, two, one]
     shares.receive("b", ShownMembership(4, one), OLD_LOAN_US)
-    assert shares.part(OLD_LOAN_US) == 1 / 10, "c is where it was"
+    assert shares.home_fraction(OLD_LOAN_US) == 1 / 10, "c is where it was"
     shares.receive("c", ShownMembership(3, three), OLD_LOAN_US)
     assert shares.in_force(OLD_LOAN_US) == [three, two]
 
@@ -524,15 +524,15 @@ def test_a_node_just_started_has_a_home_once_all_members_have_shown_that_they_do
     shares = Shares(membership, "a", 0)
     shares.receive("b", ShownMembership(1, membership.weights), 1_000)
     shares.receive("c", ShownMembership(0, {}), 2_000)
-    assert shares.part(OLD_LOAN_US - 1) == 0, "c may still use what the former life of a has lent it"
-    assert shares.part(OLD_LOAN_US) == 1 / 4
+    assert shares.home_fraction(OLD_LOAN_US - 1) == 0, "c may still use what the former life of a has lent it"
+    assert shares.home_fraction(OLD_LOAN_US) == 1 / 4
     shares = Shares(membership, "a", 0)
     for peer in "bc":
         shares.receive(peer, ShownMembership(1, membership.weights), 3_000)
-    assert shares.part(HOLD_US - 1) == 0, "its former life may have set something aside for b"
-    assert (shares.from_us, shares.part(HOLD_US)) == (HOLD_US, 1 / 4)
+    assert shares.home_fraction(HOLD_US - 1) == 0, "its former life may have set something aside for b"
+    assert (shares.from_us, shares.home_fraction(HOLD_US)) == (HOLD_US, 1 / 4)
     shares = Shares(membership, "a", 0)
     for peer in "bc":
         shares.receive(peer, ShownMembership(1, membership.weights), 2 * SECOND_US)
-    assert (shares.from_us, shares.part(2 * SECOND_US)) == (2 * SECOND_US, 1 / 4)
-    assert Shares(Membership(1, {"a": 1}), "a", 0).part(0) == 1
+    assert (shares.from_us, shares.home_fraction(2 * SECOND_US)) == (2 * SECOND_US, 1 / 4)
+    assert Shares(Membership(1, {"a": 1}), "a", 0).home_fraction(0) == 1

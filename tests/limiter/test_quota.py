@@ -363,7 +363,7 @@ def calls(node: Node, now_us: int, count: int) -> int:
     return sum(decide(node.limiter, asked, now_us).overall_code == OK for _ in range(count))
 
 
-def test_of_a_strict_limit_only_the_home_share_is_assigned_and_the_bucket_does_without_it() -> None:
+def test_of_a_strict_limit_only_the_home_is_assigned_and_the_bucket_does_without_it() -> None:
     world = World(RULES)
     node = world.node()
     world.envoy(node, 400, STRICT_PAIRS)
@@ -378,7 +378,7 @@ def test_of_a_strict_limit_only_the_home_share_is_assigned_and_the_bucket_does_w
 @given(st.integers(0, 2**32))
 @example(1_434_438)
 @pytest.mark.parametrize("bursts", [(), (90, 300)], ids=["one limit", "reloads of the burst"])
-def test_of_a_strict_limit_quotas_and_calls_together_never_admit_more_than_the_home_share(
+def test_of_a_strict_limit_quotas_and_calls_together_never_admit_more_than_the_home(
     bursts: tuple[int, ...], seed: int
 ) -> None:
     world = World(RULES)

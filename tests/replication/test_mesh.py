@@ -619,7 +619,7 @@ async def test_a_node_in_want_is_paid_over_the_mesh_what_another_one_has_to_spar
         assert [status and (status.payments_received, status.payments_sent) for status in statuses] != [(0, 0), (0, 0)]
 
 
-async def test_a_peer_with_other_members_is_warned_about_and_leaves_the_smaller_share() -> None:
+async def test_a_peer_with_other_members_is_warned_about_and_leaves_the_smaller_home() -> None:
     ledger = ledger_of("b", Membership(1, {"a": 1, "b": 3}), now_us() - 2 * SIT_OUT_US)
     with capture_logs() as logs:
         async with (

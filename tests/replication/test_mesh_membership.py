@@ -515,7 +515,7 @@ async def test_a_node_whose_id_a_third_one_knows_as_anothers_is_told_so_and_has_
                 error = (await told(logs, "two_nodes_with_one_id"))[0]
                 assert (error["node"], error["addresses"]) == ("b", ["this node", address_of(a)])
                 assert namesake.mesh.is_id_taken
-                await namesake.until(lambda: shares.part(now_us()) == 0)
+                await namesake.until(lambda: shares.home_fraction(now_us()) == 0)
                 ledger.tick({}, now_us(), 1, 1)
                 assert ledger.bucket(b"k", TokenBucketLimit(100, SECOND_US, 100), now_us()).remaining == 0
                 jump_us += ID_TAKEN_US

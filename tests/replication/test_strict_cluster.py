@@ -138,7 +138,7 @@ def test_a_restarted_node_has_what_refills_as_soon_as_it_is_connected() -> None:
     cluster.run(10 * SECOND_US)
     cluster.start("b")
     cluster.run(2 * SECOND_US)
-    assert cluster["b"].ledger.shares.part(cluster["b"].now_us) > 0
+    assert cluster["b"].ledger.shares.home_fraction(cluster["b"].now_us) > 0
     cluster.ask("b", 1_000, 5 * SECOND_US)
     assert cluster.admitted_within("b", 5 * SECOND_US) >= 0.95 * 500
 
@@ -170,7 +170,9 @@ def test_a_new_membership_is_rolled_out_node_by_node_without_a_moment_above_the_
         cluster.ask(name, 300, 20 * SECOND_US)
         cluster.restart(name, 0)
         cluster.run(3 * SECOND_US)
-        assert cluster[name].ledger.shares.part(cluster[name].now_us) >= (new if name != "a" else old)[name] / 6
+        assert (
+            cluster[name].ledger.shares.home_fraction(cluster[name].now_us) >= (new if name != "a" else old)[name] / 6
+        )
     for each in cluster:
         status = each.payments.status()
         assert (status.epoch, status.settled, status.conflicts) == (2, True, ())
