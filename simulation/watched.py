@@ -214,7 +214,7 @@ class Watched(Cluster):
         nodes = self.live
         at_us = max(node.now_us for node in nodes)
         found = []
-        for key in sorted({bucket.key for node in nodes for bucket in node.store if bucket.journal is not None}):
+        for key in sorted({bucket.key for node in nodes for bucket in node.store if bucket.is_replicated}):
             first, second = (
                 rules.replicated_limit_of_key(key) for rules in (self.editions.first, self.editions.second)
             )

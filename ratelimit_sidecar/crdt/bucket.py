@@ -154,6 +154,11 @@ class Bucket(ABC):
         """Own slots written since `drain_changed_slots`."""
 
     @property
+    def is_replicated(self) -> bool:
+        """True if its entries are sent to peers, and those of peers joined: not in strict and in local buckets."""
+        return self.journal is not None
+
+    @property
     @abstractmethod
     def limit(self) -> AnyLimit:
         """The limit that it enforces; see `set_limit`."""

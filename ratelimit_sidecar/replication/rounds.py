@@ -302,7 +302,7 @@ class Summing:
             if work.ends_piece(LOOK_WORK):
                 yield
             range_number = range_of(bucket.key)
-            if range_number // SEGMENT_RANGES in segments and bucket.journal is not None:
+            if range_number // SEGMENT_RANGES in segments and bucket.is_replicated:
                 state = yield from self.state_steps(bucket, at_us, work)
                 if state:
                     current.add(range_number, bucket.key, state)

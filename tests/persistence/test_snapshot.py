@@ -125,7 +125,7 @@ def test_a_store_restored_holds_what_the_one_before_held(
             assert bucket.fold(then_us) == 0
         else:
             assert restored.fold(then_us) == bucket.fold(then_us)
-            assert (restored.journal is None) == (bucket.journal is None)
+            assert restored.is_replicated == bucket.is_replicated
     assert after.drain_changes() == [], "what an earlier life took is not told again as this one's"
 
 
