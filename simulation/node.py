@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ratelimit_sidecar.crdt.bucket import Bucket, Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.shares import Membership, Shares
-from ratelimit_sidecar.crdt.waiting import Outcome, Waiting
+from ratelimit_sidecar.crdt.waiting import Outcome, PendingDecision
 from ratelimit_sidecar.limiter.key import rule_key
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.rules import Consistency, Rules
@@ -123,7 +123,7 @@ class Node:
         """Answer now, or when the request has waited; of the clients of those some give up."""
         loop, draw = self.cluster.loop, self.cluster.random
         decided = self.limiter.decide_or_wait(request, self.clock.now_us())
-        if not isinstance(decided, Waiting):
+        if not isinstance(decided, PendingDecision):
             answer(decided)
             return
         decided.on_end = lambda: answer(decided.result())
@@ -166,7 +166,7 @@ class Node:
             lasted = self.cluster.loop.now_us - target.dialled_us >= DEFAULT_LIMITS.lasting * SECOND_US
             self._dial_again(target, lasted=lasted)
 
-    def _end_wait(self, waiting: Waiting, outcome: Outcome) -> None:
+    def _end_wait(self, waiting: PendingDecision, outcome: Outcome) -> None:
         if self.cluster.loop.now_us < self.resumes_us:
             self.cluster.loop.at(self.resumes_us, self._end_wait, waiting, outcome)
         elif self.is_up:

@@ -21,7 +21,7 @@ from ratelimit_sidecar.crdt.store import DEFAULT_MAX_BUCKETS, LimitOfKey, StoreF
 from ratelimit_sidecar.crdt.strict import HOLD_US, StrictBucket
 from ratelimit_sidecar.crdt.untracked_dict import UntrackedDict
 from ratelimit_sidecar.crdt.wait_queues import WaitQueues
-from ratelimit_sidecar.crdt.waiting import SERVED_AT_ONCE, Waiting, Wish
+from ratelimit_sidecar.crdt.waiting import SERVED_AT_ONCE, PendingDecision, Wish
 from ratelimit_sidecar.cycle_collector import young_objects
 
 FEW_TOKENS: Final = 8 * TOKEN
@@ -237,7 +237,7 @@ class Ledger:
             queue.serve(strict_us, SERVED_AT_ONCE)
         return is_right
 
-    def wait(self, key: bytes, waiting: Waiting, strict_us: int) -> bool:
+    def wait(self, key: bytes, waiting: PendingDecision, strict_us: int) -> bool:
         """Let a request wait for tokens of the bucket with that key; see `WaitQueues.join`."""
         return self.queues.join(self._all[key], waiting, strict_us)
 

@@ -11,7 +11,7 @@ from ratelimit_sidecar.crdt.waiting import (
     MAX_WAITING_OF_BUCKET,
     SERVED_AT_ONCE,
     Outcome,
-    Waiting,
+    PendingDecision,
     WaitQueue,
 )
 
@@ -22,7 +22,7 @@ class WaitQueues:
     """
 
     def __init__(self) -> None:
-        self.ended: deque[Waiting] = deque()
+        self.ended: deque[PendingDecision] = deque()
         self.on_ended: Callable[[], None] | None = None
         """Called when `ended` is no longer empty. It must be O(1)."""
         self.waiting = 0
@@ -43,7 +43,7 @@ class WaitQueues:
         self._ends_below = 0
         self._is_open = True
 
-    def join(self, policy: PaymentPolicy, waiting: Waiting, strict_us: int) -> bool:
+    def join(self, policy: PaymentPolicy, waiting: PendingDecision, strict_us: int) -> bool:
         """Let a request wait for a bucket.
 
         Returns:
@@ -70,7 +70,7 @@ class WaitQueues:
         self.waiting += 1
         return True
 
-    def leave(self, waiting: Waiting, outcome: Outcome, strict_us: int) -> None:
+    def leave(self, waiting: PendingDecision, outcome: Outcome, strict_us: int) -> None:
         """End a wait, because its time is over or its client has given up."""
         if waiting.queue is not None:
             waiting.queue.leave(waiting, outcome, strict_us)
@@ -113,7 +113,7 @@ class WaitQueues:
                 self._order.append(queue)
         return wishes
 
-    def _end(self, waiting: Waiting, strict_us: int) -> None:
+    def _end(self, waiting: PendingDecision, strict_us: int) -> None:
         self.waiting -= 1
         assert waiting.outcome is not None
         self.counts[waiting.outcome] += 1

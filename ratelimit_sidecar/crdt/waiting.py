@@ -47,12 +47,12 @@ class Outcome(StrEnum):
 class WaitOwner(Protocol):
     """The owner of waits, which ends them in time: `services.waits.Waits`."""
 
-    def cancel(self, waiting: Waiting, /) -> None: ...
+    def cancel(self, waiting: PendingDecision, /) -> None: ...
 
-    def end_now(self, waiting: Waiting, /) -> None: ...
+    def end_now(self, waiting: PendingDecision, /) -> None: ...
 
 
-class Waiting:
+class PendingDecision:
     """A decision that comes later. Whoever sends the answer sets `on_end`, and calls `result` when that was called;
     `cancel` if the client is gone, `end_now` if it cannot wait.
 
@@ -80,7 +80,7 @@ class Waiting:
         self._failure: Exception | None = None
         self._conversions: list[Callable[[bytes], bytes]] = []
 
-    def then(self, convert: Callable[[bytes], bytes]) -> Waiting:
+    def then(self, convert: Callable[[bytes], bytes]) -> PendingDecision:
         """Have `result` converted, after the conversions before; returns itself."""
         self._conversions.append(convert)
         return self
@@ -134,14 +134,14 @@ class WaitQueue:
         ended: called with each request whose wait is over, and the time.
     """
 
-    def __init__(self, policy: PaymentPolicy, ended: Callable[[Waiting, int], None]) -> None:
+    def __init__(self, policy: PaymentPolicy, ended: Callable[[PendingDecision, int], None]) -> None:
         self.policy = policy
         self.hits = 0
         """The tokens that all waiting requests need."""
         self._wished: dict[str, int] = {}
         """By peer, the tokens wished for that have not come yet."""
         self._all_wished = 0
-        self._waiting: OrderedDict[Waiting, None] = OrderedDict()
+        self._waiting: OrderedDict[PendingDecision, None] = OrderedDict()
         self._ended = ended
         self._believed = 0
         self._believed_us = NEVER_US
@@ -155,7 +155,7 @@ class WaitQueue:
         return not self._waiting and not self._all_wished
 
     @property
-    def first(self) -> Waiting | None:
+    def first(self) -> PendingDecision | None:
         """The request that has waited longest."""
         return next(iter(self._waiting), None)
 
@@ -166,12 +166,12 @@ class WaitQueue:
             self._believed = self._all_wished + sum(self._left(peer, strict_us) for peer in peers)
         return self.hits + hits <= self._believed + self.policy.bucket.remaining
 
-    def join(self, waiting: Waiting, strict_us: int) -> None:
+    def join(self, waiting: PendingDecision, strict_us: int) -> None:
         waiting.since_us, waiting.queue = strict_us, self
         self._waiting[waiting] = None
         self.hits += waiting.hits
 
-    def leave(self, waiting: Waiting, outcome: Outcome, strict_us: int) -> None:
+    def leave(self, waiting: PendingDecision, outcome: Outcome, strict_us: int) -> None:
         """End the wait of a request; nothing happens if it is over."""
         if waiting.queue is not self:
             return

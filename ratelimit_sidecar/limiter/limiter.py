@@ -16,7 +16,7 @@ from ratelimit_sidecar.crdt.bucket import Bucket, Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.limit import AnyLimit, TokenBucketLimit, Window, WindowLimit
 from ratelimit_sidecar.crdt.store import DEFAULT_MAX_BUCKETS, Store, StoreFull
-from ratelimit_sidecar.crdt.waiting import Waiting
+from ratelimit_sidecar.crdt.waiting import PendingDecision
 from ratelimit_sidecar.crdt.window import FixedWindow, SlidingWindow
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 from ratelimit_sidecar.limiter.answer import Decorations, metadata_of_request
@@ -177,7 +177,7 @@ class Limiter:
         plan = self.last_plan = self.plan(request)
         return self._decide(plan, now_us, in_full)
 
-    def decide_or_wait(self, request: bytes, now_us: int, in_full: bool = False) -> bytes | Waiting:
+    def decide_or_wait(self, request: bytes, now_us: int, in_full: bool = False) -> bytes | PendingDecision:
         """As `decide`, but a request may wait if exactly one of its buckets is short, and that bucket's rule has
         `wait`.
 
@@ -191,7 +191,7 @@ class Limiter:
                 return waiting
         return self._decide(plan, now_us, in_full)
 
-    def _wait(self, plan: Plan, request: bytes, now_us: int, in_full: bool) -> Waiting | None:
+    def _wait(self, plan: Plan, request: bytes, now_us: int, in_full: bool) -> PendingDecision | None:
         short: PlannedTake | None = None
         key = b""
         for take in plan.takes:
@@ -212,7 +212,7 @@ class Limiter:
         def decide(strict_us: int) -> bytes:
             return self.decide(request, strict_us + self.clock_steps_us, in_full)
 
-        waiting = Waiting(short.hits, decide, short.compiled.wait_us)
+        waiting = PendingDecision(short.hits, decide, short.compiled.wait_us)
         return waiting if self.ledger.wait(key, waiting, now_us - self.clock_steps_us) else None
 
     def _time_of(self, compiled: CompiledRule, now_us: int) -> int:

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Final
 
-from ratelimit_sidecar.crdt.waiting import Waiting
+from ratelimit_sidecar.crdt.waiting import PendingDecision
 from ratelimit_sidecar.cycle_collector import young_objects
 from ratelimit_sidecar.server.budget import AddressBudget, ConnectionLimiter, Places
 from ratelimit_sidecar.server.events import Call, Event, StreamCancelled, StreamData, StreamStarted
@@ -116,7 +116,7 @@ class GrpcProtocol:
         )
         self._transport: asyncio.Transport | None = None
         self._streaming: dict[int, StreamingCall] = {}
-        self._waiting: dict[int, Waiting] = {}
+        self._waiting: dict[int, PendingDecision] = {}
         """The waits of calls that are answered later, by stream."""
         self._blocked: set[StreamingCall] = set()
         """Streaming calls that wait for their client to read."""
@@ -379,7 +379,7 @@ class GrpcProtocol:
             if waiting is not None:
                 waiting.cancel()
 
-    def _answer(self, call: Call, waiting: Waiting | None = None) -> None:
+    def _answer(self, call: Call, waiting: PendingDecision | None = None) -> None:
         """Answer a call.
 
         Args:
@@ -387,7 +387,7 @@ class GrpcProtocol:
         """
         try:
             response = call.handler(call.message, call.request) if waiting is None else waiting.result()
-            if isinstance(response, Waiting):
+            if isinstance(response, PendingDecision):
                 if self._connection.keep(call):
                     self._wait(call, response)
                     return
@@ -400,13 +400,13 @@ class GrpcProtocol:
         else:
             self._connection.answer(call, response)
 
-    def _wait(self, call: Call, waiting: Waiting) -> None:
+    def _wait(self, call: Call, waiting: PendingDecision) -> None:
         # The handler keeps the message itself.
         call.message = b""
         self._waiting[call.request.stream_id] = waiting
         waiting.on_end = partial(self._answer_late, call, waiting)
 
-    def _answer_late(self, call: Call, waiting: Waiting) -> None:
+    def _answer_late(self, call: Call, waiting: PendingDecision) -> None:
         del self._waiting[call.request.stream_id]
         self._answer(call, waiting)
         self._flush()

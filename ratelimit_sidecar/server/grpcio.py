@@ -15,7 +15,7 @@ from contextlib import aclosing
 import grpc
 import grpc.aio
 
-from ratelimit_sidecar.crdt.waiting import Waiting
+from ratelimit_sidecar.crdt.waiting import PendingDecision
 from ratelimit_sidecar.server.budget import Budget
 from ratelimit_sidecar.server.deferred import answer_of
 from ratelimit_sidecar.server.http2 import CALL_BYTES
@@ -278,7 +278,9 @@ def _unary(
             if named is not None:
                 _check_client(context, named)
             response = handler(message, _Metadata(context))
-            return await _late(response, message, context, budget) if isinstance(response, Waiting) else response
+            return (
+                await _late(response, message, context, budget) if isinstance(response, PendingDecision) else response
+            )
         except RpcError as error:
             status = error
         except Exception as error:
@@ -334,7 +336,7 @@ def _streaming(
 
 
 async def _late(
-    waiting: Waiting, message: bytes, context: grpc.aio.ServicerContext[bytes, bytes], budget: Budget
+    waiting: PendingDecision, message: bytes, context: grpc.aio.ServicerContext[bytes, bytes], budget: Budget
 ) -> bytes:
     """An answer that comes later; at once if those that wait hold too much memory."""
     held = CALL_BYTES + len(message) + sum(len(name) + len(value) for name, value in _Metadata(context))

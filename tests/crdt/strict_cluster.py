@@ -18,7 +18,7 @@ from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.crdt.payment_policy import Pay, PaymentPolicy, Ticket
 from ratelimit_sidecar.crdt.shares import TOKEN, Membership, Shares, ShownMembership
 from ratelimit_sidecar.crdt.strict import HOLD_US, StrictBucket
-from ratelimit_sidecar.crdt.waiting import Outcome, Waiting, WaitQueue, Wish
+from ratelimit_sidecar.crdt.waiting import Outcome, PendingDecision, WaitQueue, Wish
 from simulation.loop import START_US, Loop
 from simulation.textbook import TextbookBucket
 
@@ -259,7 +259,7 @@ class StrictCluster:
         """Let a request wait, whatever the policy."""
         replica = self.replicas.get(node)
         if replica is not None:
-            waiting = Waiting(hits, lambda _now_us: self._serve(node, hits), 0)
+            waiting = PendingDecision(hits, lambda _now_us: self._serve(node, hits), 0)
             replica.queue.join(waiting, self.clock_us(replica))
 
     def end_wait(self, node: str, outcome: Outcome) -> None:

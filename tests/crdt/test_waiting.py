@@ -15,7 +15,14 @@ from ratelimit_sidecar.crdt.regional import RegionalLedger
 from ratelimit_sidecar.crdt.shares import TOKEN, Membership, Shares
 from ratelimit_sidecar.crdt.strict import HOLD_US, TICKET_US, StrictBucket
 from ratelimit_sidecar.crdt.wait_queues import WaitQueues
-from ratelimit_sidecar.crdt.waiting import MAX_WAITING, MAX_WAITING_OF_BUCKET, SERVED_AT_ONCE, Outcome, Waiting, Wish
+from ratelimit_sidecar.crdt.waiting import (
+    MAX_WAITING,
+    MAX_WAITING_OF_BUCKET,
+    SERVED_AT_ONCE,
+    Outcome,
+    PendingDecision,
+    Wish,
+)
 
 KEY = b"k"
 SLOW = TokenBucketLimit(1, 60_000_000, 200)
@@ -41,14 +48,14 @@ class Node:
     def queues(self) -> WaitQueues:
         return self.ledger.queues
 
-    def wait(self, hits: int = 1, decide: Callable[[int], bytes] | None = None) -> Waiting | None:
+    def wait(self, hits: int = 1, decide: Callable[[int], bytes] | None = None) -> PendingDecision | None:
         """A request; None if it must be decided at once."""
         bucket = self.bucket
         bucket.advance(self.now_us)
-        waiting = Waiting(hits, decide or (lambda now_us: b"%d" % bucket.take(hits, now_us)), 250_000)
+        waiting = PendingDecision(hits, decide or (lambda now_us: b"%d" % bucket.take(hits, now_us)), 250_000)
         return waiting if self.ledger.wait(KEY, waiting, self.now_us) else None
 
-    def wait_for(self, *hits: int) -> list[Waiting]:
+    def wait_for(self, *hits: int) -> list[PendingDecision]:
         waiting = [self.wait(each) for each in hits]
         assert all(each is not None for each in waiting)
         return [each for each in waiting if each is not None]
@@ -326,7 +333,7 @@ def test_requests_that_come_and_go_between_two_ticks_leave_no_more_lines_than_ma
     for number in range(2 * MAX_WAITING):
         key = b"%d" % number
         ledger.bucket(key, limit, NOW_US)
-        waiting = Waiting(1, lambda _now_us: b"", 250_000)
+        waiting = PendingDecision(1, lambda _now_us: b"", 250_000)
         if ledger.wait(key, waiting, NOW_US):
             queues.leave(waiting, Outcome.EXPIRED, NOW_US)
     assert (queues.waiting, len(queues.by_key), queues.crowded) == (0, MAX_WAITING, MAX_WAITING)
@@ -334,7 +341,7 @@ def test_requests_that_come_and_go_between_two_ticks_leave_no_more_lines_than_ma
 
 def join(ledger: Ledger, key: bytes, limit: TokenBucketLimit) -> bool:
     ledger.bucket(key, limit, NOW_US)
-    return ledger.wait(key, Waiting(1, lambda _now_us: b"", 250_000), NOW_US)
+    return ledger.wait(key, PendingDecision(1, lambda _now_us: b"", 250_000), NOW_US)
 
 
 def test_a_decision_that_fails_costs_neither_the_others_nor_the_ticket() -> None:

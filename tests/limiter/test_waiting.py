@@ -12,7 +12,7 @@ from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.crdt.payment_policy import Ticket
 from ratelimit_sidecar.crdt.shares import TOKEN, Membership, Shares
-from ratelimit_sidecar.crdt.waiting import Outcome, Waiting, Wish
+from ratelimit_sidecar.crdt.waiting import Outcome, PendingDecision, Wish
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 from ratelimit_sidecar.limiter.limiter import MAX_WAITING_BYTES, Limiter
 from ratelimit_sidecar.limiter.rules import Charge, Consistency, Rule, RuleNode, Rules, Unit
@@ -43,9 +43,9 @@ class Node:
         for descriptor in descriptors:
             assert code_of(self.limiter.decide(make_request(descriptor, hits=5), NOW_US)) == OK
 
-    def wait(self, request: bytes = REQUEST) -> Waiting:
+    def wait(self, request: bytes = REQUEST) -> PendingDecision:
         waiting = self.limiter.decide_or_wait(request, NOW_US)
-        assert isinstance(waiting, Waiting)
+        assert isinstance(waiting, PendingDecision)
         return waiting
 
     def code_now(self, request: bytes) -> int:

@@ -28,7 +28,7 @@ from replication.builders import (
     store_of,
 )
 
-from ratelimit_sidecar.crdt.waiting import Waiting
+from ratelimit_sidecar.crdt.waiting import PendingDecision
 from ratelimit_sidecar.replication.payments import PaymentExchange
 from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.stream import Stream
@@ -66,7 +66,7 @@ class Party(Replicator):
         key = key_of("gold", "plan")
         bucket = self.ledger.bucket(key, PER_PLAN, self.clock_us)
         bucket.take(bucket.remaining, self.clock_us)
-        assert self.ledger.wait(key, Waiting(hits, lambda _now_us: b"", 250_000), self.clock_us)
+        assert self.ledger.wait(key, PendingDecision(hits, lambda _now_us: b"", 250_000), self.clock_us)
 
 
 @dataclass(frozen=True)
