@@ -27,7 +27,7 @@ from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.fabric.fabric import Fabric
 from ratelimit_sidecar.fabric.scripts import FabricKeys
 from ratelimit_sidecar.persistence.redis_client import connect
-from ratelimit_sidecar.replication.limits import DEFAULT_LIMITS
+from ratelimit_sidecar.replication.bounds import DEFAULT_BOUNDS
 from ratelimit_sidecar.replication.mesh import Mesh
 from ratelimit_sidecar.replication.payments import PaymentExchange
 
@@ -146,7 +146,7 @@ class LightSidecar:
                 self.take()
                 due += 1 / per_second
             self.flush()
-            await asyncio.sleep(DEFAULT_LIMITS.flush)
+            await asyncio.sleep(DEFAULT_BOUNDS.flush)
 
     async def watch(self) -> None:
         """Note the longest time between two ticks."""

@@ -25,7 +25,7 @@ from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.limiter.key import KEY_ONLY, TOKEN_BUCKET, KeyEntry, encode_bucket_key
-from ratelimit_sidecar.replication.limits import DEFAULT_LIMITS
+from ratelimit_sidecar.replication.bounds import DEFAULT_BOUNDS
 from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.session import LocalNode
 from ratelimit_sidecar.replication.stream import Stream
@@ -36,7 +36,7 @@ REGIONS = ("us-east-1", "eu-west-2", "ap-southeast-1")
 LINKS = len(list(combinations(REGIONS, 2)))
 NOW_US = 1_790_000_000_000_000
 SECOND_US = 1_000_000
-FLUSH_US = round(DEFAULT_LIMITS.flush * SECOND_US)
+FLUSH_US = round(DEFAULT_BOUNDS.flush * SECOND_US)
 DELAY_US = 40_000
 CHECK_TIME_US = 250_000
 WARM_UP_US = 2 * SECOND_US

@@ -19,14 +19,14 @@ from itertools import permutations
 from random import Random
 from typing import TYPE_CHECKING
 
-from ratelimit_sidecar.replication.limits import DEFAULT_LIMITS
+from ratelimit_sidecar.replication.bounds import DEFAULT_BOUNDS
 from ratelimit_sidecar.replication.stream import Stream
 from simulation.loop import MS, SECOND_US, Loop
 
 if TYPE_CHECKING:
     from simulation.node import Node
 
-WRITE_US = int(DEFAULT_LIMITS.write * SECOND_US)
+WRITE_US = int(DEFAULT_BOUNDS.write * SECOND_US)
 
 RETRANSMIT_US = 200 * MS
 """The least a lost packet costs when nothing follows it: TCP's shortest retransmission timeout on Linux."""
@@ -217,7 +217,7 @@ class End:
         """A few times a second, while the owner runs."""
         blocked_us = self.blocked_since_us
         if blocked_us is not None and self.network.loop.now_us - blocked_us >= WRITE_US:
-            self.hang_up(f"the peer has not read for {DEFAULT_LIMITS.write:g} s")
+            self.hang_up(f"the peer has not read for {DEFAULT_BOUNDS.write:g} s")
         else:
             self.stream.check_time(self.owner.clock.now_us())
 

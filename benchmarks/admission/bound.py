@@ -46,11 +46,11 @@ from benchmarks.admission.demand import Request
 from benchmarks.admission.links import Cut
 from benchmarks.admission.policies.policy import FLUSH_US
 from ratelimit_sidecar.crdt.limit import TokenBucketLimit
+from ratelimit_sidecar.replication.bounds import DEFAULT_BOUNDS
 from ratelimit_sidecar.replication.carrier import CHECK_TIME_SECONDS
-from ratelimit_sidecar.replication.limits import DEFAULT_LIMITS
 from simulation.network import STEP_US
 
-AGAIN_US = int((DEFAULT_LIMITS.connect + DEFAULT_LIMITS.most_redial + CHECK_TIME_SECONDS) * 1_000_000)
+AGAIN_US = int((DEFAULT_BOUNDS.connect + DEFAULT_BOUNDS.most_redial + CHECK_TIME_SECONDS) * 1_000_000)
 """An attempt that has begun during the cut, a wait, and until both ends have looked."""
 
 STEPS_US = 4 * STEP_US

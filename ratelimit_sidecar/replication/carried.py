@@ -10,10 +10,10 @@ from collections.abc import Callable
 import structlog
 
 from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.replication.bounds import MeshBounds
 from ratelimit_sidecar.replication.carrier import Call, carry
 from ratelimit_sidecar.replication.connections import RESTART_US
 from ratelimit_sidecar.replication.dialler import Dialler
-from ratelimit_sidecar.replication.limits import MeshLimits
 from ratelimit_sidecar.replication.peer import Peer
 from ratelimit_sidecar.replication.progress import Progress
 from ratelimit_sidecar.replication.refusals import Refusals
@@ -51,7 +51,7 @@ class CarriedStreams:
         now_us: Callable[[], int],
         strict_us: Callable[[], int],
         certificate: NodeCertificate | None,
-        limits: MeshLimits,
+        bounds: MeshBounds,
     ) -> None:
         self.streams: dict[Stream, Peer | None] = {}
         """By stream, its peer; None until both ends have accepted each other."""
@@ -63,7 +63,7 @@ class CarriedStreams:
         self._now_us = now_us
         self._strict_us = strict_us
         self._certificate = certificate
-        self._limits = limits
+        self._bounds = bounds
         self._refusals = Refusals()
         self._id_refused_us: int | None = None
         """When a stream was last refused because another node has this one's id, for so long that it must be so."""
@@ -73,7 +73,7 @@ class CarriedStreams:
         """True while a peer refuses this node because another node has its id: they do not share limits then."""
         refused_us = self._id_refused_us
         # Meanwhile the peer is dialled again.
-        return refused_us is not None and self._strict_us() - refused_us < 2.5e6 * self._limits.misconfigured_redial
+        return refused_us is not None and self._strict_us() - refused_us < 2.5e6 * self._bounds.misconfigured_redial
 
     def close(self, reason: Reason, detail: str, now_us: int) -> None:
         """Say Goodbye on all of them."""
@@ -138,8 +138,8 @@ class CarriedStreams:
                 now_us=self._now_us,
                 on_received=note_received,
                 # A listener ends its calls with a status, which nothing overtakes.
-                linger_seconds=0.0 if target is None else self._limits.goodbye,
-                write_seconds=self._limits.write,
+                linger_seconds=0.0 if target is None else self._bounds.goodbye,
+                write_seconds=self._bounds.write,
             )
         finally:
             if target is not None:

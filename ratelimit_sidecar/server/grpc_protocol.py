@@ -21,11 +21,11 @@ from typing import Final
 
 from ratelimit_sidecar.crdt.waiting import PendingDecision
 from ratelimit_sidecar.cycle_collector import young_objects
+from ratelimit_sidecar.server.bounds import ServerBounds
 from ratelimit_sidecar.server.budget import AddressBudget, ConnectionLimiter, Places
 from ratelimit_sidecar.server.events import Call, Event, StreamCancelled, StreamData, StreamStarted
 from ratelimit_sidecar.server.front_end_counts import FrontEndCounts
 from ratelimit_sidecar.server.http2 import PROTOCOL_ERROR, Connection
-from ratelimit_sidecar.server.limits import Limits
 from ratelimit_sidecar.server.rpc import NO_PLACE, SHUTTING_DOWN, FailureLog, Handler, RpcError
 from ratelimit_sidecar.server.streaming import StreamingCall
 from ratelimit_sidecar.server.tls_session import HANDSHAKE_BYTES, TlsSession
@@ -64,13 +64,13 @@ class FrontEndState:
     """
 
     def __init__(
-        self, handlers: Mapping[bytes, Handler], limits: Limits, tasks: asyncio.TaskGroup, turns: Turns
+        self, handlers: Mapping[bytes, Handler], bounds: ServerBounds, tasks: asyncio.TaskGroup, turns: Turns
     ) -> None:
         self.handlers = handlers
-        self.limits = limits
+        self.bounds = bounds
         self.tasks = tasks
         self.turns = turns
-        self.connection_limiter = ConnectionLimiter(limits.connections, limits.held_bytes)
+        self.connection_limiter = ConnectionLimiter(bounds.connections, bounds.held_bytes)
         self.counts = FrontEndCounts()
         self.failures = FailureLog()
         self.connections: set[GrpcProtocol] = set()
@@ -112,7 +112,7 @@ class GrpcProtocol:
         self._is_shaking_hands = tls is not None
         self._queue = budget.calls if tls is None else budget.handshakes
         self._connection = Connection(
-            shared.handlers, shared.limits, budget, shared.counts, now_s=shared.now_s, age_s=age_s
+            shared.handlers, shared.bounds, budget, shared.counts, now_s=shared.now_s, age_s=age_s
         )
         self._transport: asyncio.Transport | None = None
         self._streaming: dict[int, StreamingCall] = {}
@@ -218,7 +218,7 @@ class GrpcProtocol:
         if not self._unwritten or unwritten < self._unwritten:
             self._unwritten_since_s = now_s
         self._unwritten = unwritten
-        if unwritten and now_s - self._unwritten_since_s >= self._shared.limits.stalled:
+        if unwritten and now_s - self._unwritten_since_s >= self._shared.bounds.stalled:
             if not self._is_closing:
                 self._shared.counts.closed_connections["stalled"] += 1
             transport.abort()

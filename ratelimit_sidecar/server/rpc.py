@@ -61,7 +61,7 @@ class StreamingMethod:
     Args:
         takes_parts: True to be given messages of any size in parts, as they come. Where one ends and the next begins is
             not said: messages of protobuf can be read one after the other like one. False for whole messages of at most
-            `limits.MAX_STREAMED_BYTES`.
+            `bounds.MAX_STREAMED_BYTES`.
         places: bounds how many of its calls are open at once; None if only their memory is bounded.
     """
 

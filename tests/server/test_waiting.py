@@ -16,11 +16,11 @@ from server.raw_http2 import GRPC_HEADERS, connected
 from services.waiting_service import PATH, REQUEST, WaitingService, until
 
 from ratelimit_sidecar.crdt.waiting import Outcome
+from ratelimit_sidecar.server.bounds import MAX_HEADER_BYTES
 from ratelimit_sidecar.server.framing import frame
 from ratelimit_sidecar.server.front_end import FrontEnd
 from ratelimit_sidecar.server.h2 import H2FrontEnd
 from ratelimit_sidecar.server.http2 import CALL_BYTES
-from ratelimit_sidecar.server.limits import MAX_HEADER_BYTES
 
 
 @pytest.fixture(params=KINDS)
@@ -29,8 +29,8 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @asynccontextmanager
-async def front_end_of(service: WaitingService, kind: str, **limits: float) -> AsyncIterator[FrontEnd]:
-    async with running(kind, service.service.handlers(), **limits) as front_end:
+async def front_end_of(service: WaitingService, kind: str, **bounds: float) -> AsyncIterator[FrontEnd]:
+    async with running(kind, service.service.handlers(), **bounds) as front_end:
         yield front_end
 
 
