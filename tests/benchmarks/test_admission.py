@@ -24,6 +24,7 @@ def tables_of(scenario: Scenario, seed: int) -> str:
     return table(scenario, [[run(scenario, policy, seed)] for policy in POLICIES])
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_table_to_the_byte() -> None:
     assert tables_of(OVERLOAD, 1) == tables_of(OVERLOAD, 1)
     assert run(OVERLOAD, EVENTUAL, 1) != run(OVERLOAD, EVENTUAL, 2)
@@ -65,11 +66,13 @@ def test_what_eventual_admits_beyond_the_limit_is_within_what_was_undelivered(sc
     assert outcome.worst_burst <= outcome.undelivered <= outcome.bound
 
 
+@pytest.mark.slow
 def test_eventual_admits_the_limit_to_half_a_percent_in_a_minute_of_ten_times_the_demand() -> None:
     outcome = run(overload("overload", "", LIMIT), EVENTUAL, 1)
     assert abs(outcome.admitted - outcome.ceiling) <= outcome.ceiling * 5 // 1_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [EVENTUAL, STRICT])
 def test_one_busy_region_of_three_uses_the_limit_within_two_seconds(policy: str) -> None:
     outcome = run(shift(), policy, 1)

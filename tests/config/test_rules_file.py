@@ -553,7 +553,9 @@ PREFIXED = (
 SPLIT = "  - {{key: tenant, value: a*{i}*z, rate_limit: {{unit: minute, requests_per_unit: 5}}}}\n"
 
 
-@pytest.mark.parametrize("descriptor", [PLAIN, PREFIXED, SPLIT])
+@pytest.mark.parametrize(
+    "descriptor", [PLAIN, pytest.param(PREFIXED, marks=pytest.mark.slow), pytest.param(SPLIT, marks=pytest.mark.slow)]
+)
 def test_ten_thousand_rules_load_in_moments(tmp_path: Path, descriptor: str) -> None:
     descriptors = "".join(descriptor.format(i=i) for i in range(10_000))
     file = write(tmp_path / "a.yaml", f"domain: d\ndescriptors:\n{descriptors}")

@@ -34,7 +34,7 @@ SECOND_US = 1_000_000
 PER_SECOND_100 = TokenBucketLimit(100, SECOND_US, 100)
 NOW_US = OLD_LOAN_US
 
-SCHEDULES = seeds(60, thorough=60, nightly=20_000)
+SCHEDULES = seeds(30, thorough=60, nightly=20_000)
 
 
 def rate_of(limit: TokenBucketLimit, duration_us: int) -> int:

@@ -17,7 +17,7 @@ from ratelimit_sidecar.server.rpc import Code
 WITHIN_S = 60
 
 
-@pytest.mark.parametrize("front_end", ["h2", "grpcio"])
+@pytest.mark.parametrize("front_end", ["h2", pytest.param("grpcio", marks=pytest.mark.slow)])
 async def test_an_old_connection_is_told_to_go_and_closed(tmp_path: Path, front_end: str) -> None:
     [region] = free_ports(1).regions
     command = sidecar_command(tmp_path, region, {}, environment={"GRPC_MAX_CONNECTION_AGE": "500ms"})

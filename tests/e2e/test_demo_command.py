@@ -8,6 +8,7 @@ from e2e.commands import command, free_base_port
 from ratelimit_sidecar.demo.ports import ensure_free, ports_from
 
 
+@pytest.mark.slow
 async def test_a_demo_with_a_duration_ends_by_itself_and_with_0_when_the_promise_was_kept() -> None:
     base = free_base_port()
     async with command("demo", "--duration", "8", "--base-port", str(base)) as demo:

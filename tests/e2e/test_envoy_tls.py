@@ -83,7 +83,7 @@ def envoy(folder: Path, authority: Authority, ports: RegionPorts, upstream: int,
     return Command(f"envoy-{name}", argv, f"http://{HOST}:{ports.envoy_admin}/ready")
 
 
-@pytest.mark.parametrize("front_end", ["h2", "grpcio"])
+@pytest.mark.parametrize("front_end", ["h2", pytest.param("grpcio", marks=pytest.mark.slow)])
 async def test_an_envoy_with_the_right_certificate_is_answered_and_another_is_not(
     tmp_path: Path, front_end: str
 ) -> None:

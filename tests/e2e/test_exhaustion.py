@@ -142,12 +142,14 @@ async def test_a_log_that_nobody_reads_holds_up_nothing(tmp_path: Path) -> None:
             assert await sidecar.stopped() == 0
 
 
+@pytest.mark.slow
 async def test_a_start_that_fails_ends_though_nobody_reads_why(tmp_path: Path) -> None:
     with full_pipe() as stderr:
         async with serving(tmp_path, stderr=stderr, config={"no_such_key": 1}) as sidecar, asyncio.timeout(WITHIN_S):
             assert await sidecar.process.wait() == 2
 
 
+@pytest.mark.slow
 async def test_a_full_disk_costs_log_lines_and_nothing_else(tmp_path: Path) -> None:
     full = os.open("/dev/full", os.O_WRONLY)
     async with serving(tmp_path, stderr=full) as sidecar:
@@ -158,6 +160,7 @@ async def test_a_full_disk_costs_log_lines_and_nothing_else(tmp_path: Path) -> N
         assert await sidecar.stopped() == 0
 
 
+@pytest.mark.slow
 @has_namespaces
 async def test_without_inotify_watches_a_change_of_the_rules_is_only_seen_later_and_it_says_so(tmp_path: Path) -> None:
     limited = 'echo 0 > /proc/sys/user/max_inotify_watches && exec "$@"'
@@ -189,6 +192,7 @@ main()
 """
 
 
+@pytest.mark.slow
 async def test_rules_that_cannot_be_read_for_ever_do_not_keep_it_from_ending(tmp_path: Path) -> None:
     async with serving(tmp_path, program=["-c", HANGING]) as sidecar:
         await sidecar.is_ready()
@@ -197,6 +201,7 @@ async def test_rules_that_cannot_be_read_for_ever_do_not_keep_it_from_ending(tmp
         assert await sidecar.stopped() == 0
 
 
+@pytest.mark.slow
 @has_namespaces
 async def test_as_the_first_process_of_a_container_it_can_be_ended_while_it_starts(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
@@ -236,6 +241,7 @@ main()
 """
 
 
+@pytest.mark.slow
 async def test_whatever_hangs_a_stop_ends_it(tmp_path: Path) -> None:
     async with serving(tmp_path, program=["-c", STUCK]) as sidecar:
         await sidecar.is_ready()
@@ -271,6 +277,7 @@ main()
 """
 
 
+@pytest.mark.slow
 async def test_a_last_snapshot_has_time_for_each_of_its_buckets_and_purses_do_not_wait_for_it(tmp_path: Path) -> None:
     config = {"node": {"id": "a"}, "sync": {"members": {"a": 1}}, "persistence": {"file": str(tmp_path / "state")}}
     log = tmp_path / "log"
@@ -306,6 +313,7 @@ main()
 """
 
 
+@pytest.mark.slow
 async def test_what_was_taken_while_the_state_was_being_read_is_kept_at_a_stop(tmp_path: Path) -> None:
     config, log = {"persistence": {"file": str(tmp_path / "state")}}, tmp_path / "log"
     program = ["-c", READS_UNTIL_THE_STOP]
@@ -320,6 +328,7 @@ async def test_what_was_taken_while_the_state_was_being_read_is_kept_at_a_stop(t
         assert check(state).buckets == 1
 
 
+@pytest.mark.slow
 async def test_no_first_request_to_the_console_waits_for_imports(tmp_path: Path) -> None:
     with (tmp_path / "log").open("wb") as log:
         program = ["-X", "importtime", "-m", "ratelimit_sidecar"]
@@ -365,7 +374,12 @@ async def test_the_soft_limit_on_descriptors_is_raised_to_what_the_bounds_on_con
 
 @pytest.mark.parametrize(
     ("port", "front_end", "tls"),
-    [("grpc", "h2", False), ("grpc", "grpcio", False), ("admin", "h2", False), ("sync", "h2", True)],
+    [
+        ("grpc", "h2", False),
+        pytest.param("grpc", "grpcio", False, marks=pytest.mark.slow),
+        pytest.param("admin", "h2", False, marks=pytest.mark.slow),
+        pytest.param("sync", "h2", True, marks=pytest.mark.slow),
+    ],
 )
 async def test_silent_connections_use_up_no_descriptors_of_others(
     port: str, front_end: str, tls: bool, tmp_path: Path

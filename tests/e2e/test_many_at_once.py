@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 import httpx
+import pytest
 import yaml
 from e2e.examples import EXAMPLES, with_ports
 
@@ -18,6 +19,8 @@ from ratelimit_sidecar.demo.bootstrap import EnvoySettings, envoy_bootstrap, to_
 from ratelimit_sidecar.demo.ports import HOST, free_ports
 from ratelimit_sidecar.demo.processes import Children, Command
 from ratelimit_sidecar.demo.regions import find_envoy
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 

@@ -62,13 +62,3 @@ async def test_three_regions_share_one_limit(tmp_path: Path) -> None:
         later = [await cluster.ask(region, "claw") for region in cluster.regions]
         refilled_meanwhile = int((time.monotonic() - started_at) / REFILL_S) - refilled
         assert [response.status_code for response in later].count(200) <= refilled_meanwhile
-
-
-async def test_what_one_region_uses_up_is_denied_in_the_others(tmp_path: Path) -> None:
-    async with three_regions(tmp_path, RULES.replace("minute", "day")) as cluster:
-        first, *others = cluster.regions
-        assert [(await cluster.ask(first, "claw")).status_code for _ in range(LIMIT)] == [200] * LIMIT
-        await cluster.settled_at("claw", remaining=0)
-
-        assert [(await cluster.ask(region, "claw")).status_code for region in others] == [429, 429]
-        assert [(await cluster.ask(region, "another")).status_code for region in others] == [200, 200]

@@ -34,6 +34,7 @@ def config(folder: Path, *, grpc: int, admin: int, peers: Sequence[str] = ()) ->
     return str(file)
 
 
+@pytest.mark.slow
 async def test_sigterm_beside_an_envoy_with_open_connections_drains_and_exits_with_0(tmp_path: Path) -> None:
     async with three_regions(tmp_path, RULES) as cluster:
         region = cluster.regions[0]
@@ -67,7 +68,9 @@ async def test_a_bad_config_is_told_by_line_and_ends_it_with_2(tmp_path: Path) -
     assert "grcp" in serve.output
 
 
-@pytest.mark.parametrize("level", ["fatal", "loud"], ids=["bad config", "bad level"])
+@pytest.mark.parametrize(
+    "level", ["fatal", pytest.param("loud", marks=pytest.mark.slow)], ids=["bad config", "bad level"]
+)
 async def test_why_it_ends_is_an_event_like_all_others_where_they_are_json(level: str, tmp_path: Path) -> None:
     file = tmp_path / "sidecar.yaml"
     file.write_text("listen:\n  grcp: ['127.0.0.1:8081']\n")
@@ -134,7 +137,7 @@ async def test_a_peer_that_answers_with_errors_is_told_of_where_it_says_that_it_
             assert error.search(peers.output)
 
 
-@pytest.mark.parametrize("front_end", ["h2", "grpcio"])
+@pytest.mark.parametrize("front_end", ["h2", pytest.param("grpcio", marks=pytest.mark.slow)])
 async def test_every_line_it_prints_is_a_log_of_its_own(front_end: str, tmp_path: Path) -> None:
     ports = free_ports(1).regions[0]
     file = config(tmp_path, grpc=ports.grpc, admin=ports.admin)
@@ -157,7 +160,7 @@ async def test_every_line_it_prints_is_a_log_of_its_own(front_end: str, tmp_path
     assert events == ["started", "nothing_is_limited", "ready", "draining", "stopped"]
 
 
-@pytest.mark.parametrize("front_end", ["h2", "grpcio"])
+@pytest.mark.parametrize("front_end", ["h2", pytest.param("grpcio", marks=pytest.mark.slow)])
 async def test_who_watches_its_health_is_told_of_the_stop_and_does_not_delay_it(front_end: str, tmp_path: Path) -> None:
     ports = free_ports(1).regions[0]
     file = config(tmp_path, grpc=ports.grpc, admin=ports.admin)

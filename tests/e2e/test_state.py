@@ -99,6 +99,7 @@ async def test_one_that_is_killed_loses_what_came_after_its_last_snapshot_only(t
         assert await remaining(own, "month") in {LIMIT - 40, LIMIT - 43}
 
 
+@pytest.mark.slow
 async def test_a_limit_whose_rule_comes_after_the_start_is_where_it_was(tmp_path: Path) -> None:
     [own] = free_ports(1).regions
     folder, elsewhere = tmp_path / "rules", tmp_path / "elsewhere.yaml"

@@ -194,6 +194,7 @@ async def test_three_sidecars_keep_to_one_strict_limit_while_one_needs_it_all_is
         assert any(admission.name == "a" and admission.asked_s > killed_s for admission in again)
 
 
+@pytest.mark.slow
 async def test_a_burst_into_one_sidecar_waits_for_the_tokens_of_the_others(tmp_path: Path) -> None:
     async with three_sidecars(tmp_path, f"{RULES}    wait: 500ms\n") as sidecars:
         async with asyncio.timeout(WITHIN_S):

@@ -3,6 +3,7 @@ that is applied."""
 
 from pathlib import Path
 
+import pytest
 from e2e.cluster import three_regions
 from otlp_receiver import OtlpReceiver
 
@@ -20,6 +21,7 @@ ENVOY_FLUSH_S = 15.0
 """Envoy exports its spans every 5 s."""
 
 
+@pytest.mark.slow
 async def test_a_request_is_followed_through_envoy_and_sidecar_and_by_its_batch_into_the_other_region(
     tmp_path: Path,
 ) -> None:

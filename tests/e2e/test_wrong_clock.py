@@ -11,6 +11,7 @@ from pathlib import Path
 
 import grpc.aio
 import httpx
+import pytest
 from e2e.sidecars import sidecar_command, status
 
 from ratelimit_sidecar.demo.ports import HOST, RegionPorts, free_ports
@@ -48,6 +49,7 @@ async def until(condition: Callable[[], Awaitable[bool]]) -> None:
             await asyncio.sleep(0.05)
 
 
+@pytest.mark.slow
 async def test_a_clock_an_hour_ahead_shows_and_limits_are_shared_as_soon_as_it_is_set_right(tmp_path: Path) -> None:
     right, wrong = free_ports(2).regions
     rules, clock = tmp_path / "rules.yaml", tmp_path / "ahead"

@@ -444,7 +444,7 @@ def test_one_that_nobody_answered_for_long_does_not_empty_the_accounts_of_the_ot
 
 
 TestAccountsMachine = AccountsMachine.TestCase
-TestAccountsMachine.settings = settings(max_examples=max(300, settings().max_examples), stateful_step_count=30)
+TestAccountsMachine.settings = settings(max_examples=5 * settings().max_examples, stateful_step_count=30)
 
 
 def machine_on(running: RedisServer) -> type[AccountsMachine]:
@@ -471,7 +471,7 @@ async def test_the_scripts_answer_as_the_model_does(tmp_path: Path, program: str
     async with RedisServer(tmp_path, program=program) as running:
         machine = machine_on(running)
         fewer = settings(
-            max_examples=max(20, settings().max_examples // 5), stateful_step_count=20, deadline=None, database=None
+            max_examples=settings().max_examples // 3, stateful_step_count=20, deadline=None, database=None
         )
         await asyncio.to_thread(run_state_machine_as_test, machine, settings=fewer)
 

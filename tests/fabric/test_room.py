@@ -263,6 +263,7 @@ async def test_once_all_know_what_was_taken_redis_knows_when_the_bucket_is_full(
         assert due - seconds == pytest.approx(80 * 36 + FULL_FOR_S, abs=3)
 
 
+@pytest.mark.slow
 async def test_a_server_with_a_kibibyte_for_each_of_max_buckets_is_never_full(tmp_path: Path) -> None:
     most = 4_000
     async with RedisServer(tmp_path) as server, two(server, most) as (a, b, client):

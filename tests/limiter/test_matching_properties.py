@@ -166,7 +166,7 @@ def test_a_limit_in_the_request_has_a_bucket_for_all_its_values_and_the_limit_or
 
 
 @given(st.lists(st.text("xyz*", min_size=1).filter(lambda text: "*" in text), max_size=6), st.text("xyz\n"))
-@settings(max_examples=500)
+@settings(max_examples=5 * settings().max_examples)
 def test_the_first_pattern_in_file_order_that_fits_is_found(texts: list[str], value: str) -> None:
     found = WildcardSet((text, order) for order, text in enumerate(texts)).find(value)
     fitting = [(text, order) for order, text in enumerate(texts) if fits(text, value)]

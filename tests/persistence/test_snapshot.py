@@ -223,7 +223,7 @@ def used_by(nodes: int, lives: int, buckets: int) -> Store:
     return store
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=5)
 @given(st.sampled_from([1, 40, 256]), st.integers(1, 30), st.sampled_from([1, 2, 300]))
 @example(40, 30, 2)
 def test_however_many_lives_of_nodes_have_used_a_bucket_all_of_it_is_read_again(

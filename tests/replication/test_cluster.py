@@ -82,7 +82,7 @@ def assert_converged(cluster: Cluster) -> None:
         assert all(other == first for other in others)
 
 
-@pytest.mark.parametrize("seed", seeds(20, thorough=50, nightly=500))
+@pytest.mark.parametrize("seed", seeds(10, thorough=50, nightly=500))
 def test_nodes_converge_to_the_bit_after_cuts_and_resets(seed: int) -> None:
     cluster = Cluster(
         seed,

@@ -22,7 +22,7 @@ from simulation.node import Node
 from simulation.watched import Watched
 from simulation.workload import WAIT_US, request, unchanging
 
-SEEDS = seeds(20, thorough=60, nightly=2_000)
+SEEDS = seeds(14, thorough=60, nightly=2_000)
 
 PER_SECOND_100 = TokenBucketLimit(100, SECOND_US, 100)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from simulation.cluster import stable_order
 from simulation.loop import SECOND_US
 from simulation.run import run_until_equal
@@ -43,6 +45,7 @@ def go_on(cluster: Watched, name: str, for_us: int, asked: list[Request]) -> int
     return most
 
 
+@pytest.mark.slow
 def test_a_node_whose_peer_is_gone_for_ten_minutes_keeps_what_it_kept_before() -> None:
     with stable_order():
         cluster = Watched(1, "ab", unchanging(user=per_second(10, 1_000)))
