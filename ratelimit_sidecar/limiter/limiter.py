@@ -2,7 +2,7 @@
 
 A *plan* says which buckets a request takes from and how much. It is a pure function of the request's bytes and the
 rules, so it is kept by those bytes in a bounded cache: a proxy sends the same few thousand requests over and over.
-`answer.py` adds headers, bodies and metadata to the answer.
+`decorations.py` adds headers, bodies and metadata to the answer.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from ratelimit_sidecar.crdt.store import DEFAULT_MAX_BUCKETS, Store, StoreFull
 from ratelimit_sidecar.crdt.waiting import PendingDecision
 from ratelimit_sidecar.crdt.window import FixedWindow, SlidingWindow
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
-from ratelimit_sidecar.limiter.answer import Decorations, metadata_of_request
 from ratelimit_sidecar.limiter.counts import CountsByRule, counts_of, has_room_for
+from ratelimit_sidecar.limiter.decorations import Decorations, metadata_of_request
 from ratelimit_sidecar.limiter.encoding import (
     OVERALL_OK,
     OVERALL_OVER_LIMIT,
