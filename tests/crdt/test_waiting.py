@@ -8,10 +8,10 @@ import pytest
 from crdt.test_ledger import ENDS, LIMIT, NOW_US, make_ledger
 
 from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.crdt.gateway_ledger import GatewayLedger
 from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.crdt.payment_policy import Ticket
-from ratelimit_sidecar.crdt.regional import RegionalLedger
 from ratelimit_sidecar.crdt.shares import TOKEN, Membership, Shares
 from ratelimit_sidecar.crdt.strict import HOLD_US, TICKET_US, StrictBucket
 from ratelimit_sidecar.crdt.wait_queues import WaitQueues
@@ -385,7 +385,7 @@ def test_a_payer_is_believed_no_more_than_its_home_holds_with_tickets_too() -> N
 def test_in_a_region_with_a_fabric_nothing_is_set_aside_and_no_request_waits() -> None:
     """What was granted ends sooner than a ticket might."""
     shares = Shares(Membership(1, {"a": 1, "b": 1}), "a", 0)
-    ledger = RegionalLedger(shares, Origin("a", 1), lambda _key: LIMIT)
+    ledger = GatewayLedger(shares, Origin("a", 1), lambda _key: LIMIT)
     ledger.bucket(KEY, LIMIT, NOW_US).level = 50 * TOKEN * LIMIT.period_us
     assert ledger.set_aside(1, "b", KEY, 5, NOW_US) == Ticket(0, 0)
     assert not join(ledger, KEY, LIMIT)

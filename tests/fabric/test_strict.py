@@ -15,10 +15,10 @@ from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.crdt.gateway_ledger import GatewayLedger, gateway_needs
 from ratelimit_sidecar.crdt.granted import COUNTED_US, GRANT_US, GrantedBucket, GrantLedger
 from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.crdt.payment_policy import RECENT_US
-from ratelimit_sidecar.crdt.regional import RegionalLedger, regional_needs
 from ratelimit_sidecar.crdt.shares import Membership, Shares
 from ratelimit_sidecar.fabric.account_calls import members_text
 from ratelimit_sidecar.fabric.accounts import BEAT, KEPT_US, MOST_STEP_US
@@ -308,8 +308,8 @@ async def test_there_is_no_room_for_payments_while_there_may_be_grants_that_a_lo
     async with region_on(server) as region, server.client() as client:
         await region.sidecars["b"].draw(100)
         await client.flushall()
-        ledger = RegionalLedger(Shares(Membership(1, {"east": 1}), "east", 0), Origin("east", 1), lambda _key: LIMIT)
-        drawing = Drawing(connect_to(server), KEYS, ledger, lambda: region.now_us, region="east", needs=regional_needs)
+        ledger = GatewayLedger(Shares(Membership(1, {"east": 1}), "east", 0), Origin("east", 1), lambda _key: LIMIT)
+        drawing = Drawing(connect_to(server), KEYS, ledger, lambda: region.now_us, region="east", needs=gateway_needs)
         bucket = ledger.bucket(b"k", LIMIT, region.now_us)
         assert isinstance(bucket, GrantedBucket)
         began = asyncio.get_running_loop().time()

@@ -21,9 +21,9 @@ from ratelimit_sidecar.crdt.store import StoreFull
 from ratelimit_sidecar.crdt.strict import NEVER_US, StrictBucket
 
 
-class RegionalBucket(GrantedBucket):
+class GatewayBucket(GrantedBucket):
     """The gateway's bucket of a strict limit. It counts as short while a sidecar of the region denied something lately,
-    which it learns through `RegionalLedger.note_short`.
+    which it learns through `GatewayLedger.note_short`.
     """
 
     __slots__ = ("asked", "asked_us")
@@ -49,9 +49,9 @@ class RegionalBucket(GrantedBucket):
         )
 
 
-def regional_needs(bucket: GrantedBucket, strict_us: int) -> Needs | None:
+def gateway_needs(bucket: GrantedBucket, strict_us: int) -> Needs | None:
     """See `crdt.draw_policy.draw_needs`."""
-    assert isinstance(bucket, RegionalBucket)
+    assert isinstance(bucket, GatewayBucket)
     limit = bucket.limit
     if strict_us - bucket.denied_us < RECENT_US:
         return Needs(0, 0, limit.capacity, -(-limit.tokens * SOON_US // limit.period_us))
@@ -61,13 +61,13 @@ def regional_needs(bucket: GrantedBucket, strict_us: int) -> Needs | None:
     return Needs(0, 0) if bucket.granted else None
 
 
-class RegionalLedger(GrantLedger):
+class GatewayLedger(GrantLedger):
     """The buckets of a gateway, for the time that it is one. It is the ledger of its mesh (`replication.payments`), and
-    draws like that of a sidecar, by `regional_needs`.
+    draws like that of a sidecar, by `gateway_needs`.
     """
 
     def _new_bucket(self, key: bytes, limit: TokenBucketLimit, strict_us: int) -> GrantedBucket:
-        return RegionalBucket(key, limit, self._origin, strict_us, active=self._active)
+        return GatewayBucket(key, limit, self._origin, strict_us, active=self._active)
 
     def note_short(self, key: bytes, strict_us: int, every_us: int) -> None:
         """Sidecars could draw less than they wanted; to be called every so often while that is so."""
@@ -78,7 +78,7 @@ class RegionalLedger(GrantLedger):
             bucket = self.bucket(key, limit, strict_us)
         except StoreFull:
             return
-        assert isinstance(bucket, RegionalBucket)
+        assert isinstance(bucket, GatewayBucket)
         bucket.advance(strict_us)
         # Others divide by demand what they pay to several: that is taken to be the whole limit.
         bucket.note_demand(max(1, limit.tokens * every_us // limit.period_us))
@@ -108,7 +108,7 @@ class RegionalLedger(GrantLedger):
             bucket = self.bucket(key, limit, strict_us)
         except StoreFull:
             return None
-        assert isinstance(bucket, RegionalBucket)
+        assert isinstance(bucket, GatewayBucket)
         bucket.advance(strict_us)
         if not ask.is_short or strict_us - bucket.denied_us < RECENT_US:
             return Pay(0, 0)
