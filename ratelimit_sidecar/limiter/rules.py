@@ -441,7 +441,7 @@ def _descend_by_pattern(node: RuleNode, key: str, value: str) -> Level | None:
             return Level(PATTERN, key, value, pattern, node_of_pattern, is_joined=joined is not None)
     if joined is not None:
         # A key with a wildcard, without value, is looked up literally.
-        deeper = joined.node_of(key)
+        deeper = joined.item_of(key)
         if deeper is not None:
             return Level(PATTERN, key, value, key, deeper, is_joined=True)
     return None
@@ -459,7 +459,7 @@ def _child(node: RuleNode, kind: int, key: str, value: str) -> RuleNode | None:
         return node.key_only.get(key)
     if kind == PATTERN:
         wildcards = node.wildcards.get(key)
-        return wildcards.node_of(value) if wildcards is not None else None
+        return wildcards.item_of(value) if wildcards is not None else None
     # The PATTERN entry before it has led to the node already.
     return node if kind == WILDCARD_VALUE else None
 

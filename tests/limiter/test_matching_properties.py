@@ -181,4 +181,4 @@ def test_a_pattern_is_found_by_a_value_made_from_it_unless_one_before_fits_as_we
     found = WildcardSet((text, text) for text in texts).find(value)
     assert found is not None
     assert texts.index(found[0]) <= texts.index(text)
-    assert WildcardSet((text, text) for text in texts).node_of(text) == text
+    assert WildcardSet((text, text) for text in texts).item_of(text) == text
