@@ -37,8 +37,8 @@ from ratelimit_sidecar.replication.rounds import (
     KEPT_US,
     LOOK_WORK,
     ORIGIN_WORK,
-    PIECE_WORK,
     RANGES,
+    ROUND_PIECE_WORK,
     SEGMENT_RANGES,
     SEGMENTS,
     SETTLE_US,
@@ -422,7 +422,7 @@ def test_a_step_is_taken_in_pieces() -> None:
         done = summing.step(at_us)
     assert done is None
     a_bucket = LOOK_WORK + SUM_WORK + ORIGIN_WORK + ENTRY_WORK
-    a_piece = -(-PIECE_WORK // a_bucket) * a_bucket
+    a_piece = -(-ROUND_PIECE_WORK // a_bucket) * a_bucket
     assert pieces == -(-(STEP_WORK + LOOK_WORK * 1_000 // STEPS) // a_piece) > 5
     # The machine sleeps in the middle of the next one.
     summing.step(at_us + 20_000)
@@ -457,8 +457,8 @@ def test_a_bucket_that_250_nodes_take_from_is_summed_up_in_pieces() -> None:
         done_before = summing.work.done
         done = summing.step(FIRST_US)
     # The work of one origin may come on top, and that of listing them.
-    assert longest <= PIECE_WORK + SUM_WORK + ORIGIN_WORK * len(CROWD)
-    assert pieces == pytest.approx(ENTRY_WORK * bucket.slots / PIECE_WORK, rel=0.3)
+    assert longest <= ROUND_PIECE_WORK + SUM_WORK + ORIGIN_WORK * len(CROWD)
+    assert pieces == pytest.approx(ENTRY_WORK * bucket.slots / ROUND_PIECE_WORK, rel=0.3)
     assert done.sums[range_of(bucket.key)] == state_of(summing, bucket, FIRST_US)
 
 
@@ -652,7 +652,7 @@ def test_a_range_of_many_buckets_is_compared_in_pieces(differ: bool) -> None:
     found, pieces = hear(exchange, peer, pb.Summary(at_us=own.at_us, range=7, keys=buckets.hashes, states=states))
     assert found == (1_000 if differ else 0)
     work = 1_000 * (LOOK_WORK + (SUM_WORK + ORIGIN_WORK + ENTRY_WORK + TELL_WORK if differ else 0))
-    assert pieces == pytest.approx(work / PIECE_WORK + 1, rel=0.1)
+    assert pieces == pytest.approx(work / ROUND_PIECE_WORK + 1, rel=0.1)
     if differ:
         # The peer asks for the same ones.
         told.clear()
@@ -661,7 +661,7 @@ def test_a_range_of_many_buckets_is_compared_in_pieces(differ: bool) -> None:
         assert sorted(frame.pull.keys) == sorted(buckets.hashes)
         found, pieces = hear(exchange, peer, frame.pull)
         assert (found, told) == (1_000, buckets.keys)
-        assert pieces == 1_000 * TELL_WORK / PIECE_WORK + 1
+        assert pieces == 1_000 * TELL_WORK / ROUND_PIECE_WORK + 1
 
 
 def test_a_quiet_node_compares_soon_after_a_stall() -> None:
