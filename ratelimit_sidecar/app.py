@@ -67,8 +67,8 @@ from ratelimit_sidecar.server.bounds import DEFAULT_BOUNDS, ServerBounds
 from ratelimit_sidecar.server.deferred import HttpWaits
 from ratelimit_sidecar.server.file_limit import FileLimits, raise_file_limit
 from ratelimit_sidecar.server.front_end import FrontEnd
+from ratelimit_sidecar.server.grpc_front_end import GrpcFrontEnd
 from ratelimit_sidecar.server.grpcio import GrpcioFrontEnd
-from ratelimit_sidecar.server.h2 import H2FrontEnd
 from ratelimit_sidecar.server.listeners import ListenError
 from ratelimit_sidecar.server.rpc import Handlers
 from ratelimit_sidecar.server.tls import ServerCertificate
@@ -228,7 +228,7 @@ class Sidecar:
             **ReflectionService([*services, HEALTH_SERVICE_NAME]).handlers(),
         }
         certificate = None if config.listen.tls is None else ServerCertificate(config.listen.tls)
-        self._h2: H2FrontEnd | None = None
+        self._h2: GrpcFrontEnd | None = None
         self._front_end = self._make_front_end(
             front_end, handlers, _front_end_bounds(config.listen, file_limits), certificate
         )
@@ -425,7 +425,7 @@ class Sidecar:
     ) -> FrontEnd:
         addresses = self._config.listen.grpc
         if kind is FrontEndKind.H2:
-            self._h2 = H2FrontEnd(handlers, addresses, bounds=bounds, certificate=certificate, turns=self._turns)
+            self._h2 = GrpcFrontEnd(handlers, addresses, bounds=bounds, certificate=certificate, turns=self._turns)
             return self._h2
         return GrpcioFrontEnd(handlers, addresses, bounds=bounds, certificate=certificate, supervisor=self._supervisor)
 

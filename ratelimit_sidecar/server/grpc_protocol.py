@@ -1,5 +1,5 @@
-"""asyncio's side of a client's connection: received bytes go into its `http2.Connection`, calls are answered at once,
-and all answers to one read are sent in one write.
+"""asyncio's side of a client's connection: received bytes go into its `grpc_connection.Connection`, calls are answered
+at once, and all answers to one read are sent in one write.
 
 Back-pressure: while a client does not read its answers, nothing more is read from it. A long read is handled in slices
 for a quantum of time; then its answers are sent, and other connections have their turns.
@@ -25,7 +25,7 @@ from ratelimit_sidecar.server.bounds import ServerBounds
 from ratelimit_sidecar.server.budget import AddressBudget, ConnectionLimiter, Places
 from ratelimit_sidecar.server.events import Call, Event, StreamCancelled, StreamData, StreamStarted
 from ratelimit_sidecar.server.front_end_counts import FrontEndCounts
-from ratelimit_sidecar.server.http2 import PROTOCOL_ERROR, Connection
+from ratelimit_sidecar.server.grpc_connection import PROTOCOL_ERROR, Connection
 from ratelimit_sidecar.server.rpc import NO_PLACE, SHUTTING_DOWN, FailureLog, Handler, RpcError
 from ratelimit_sidecar.server.streaming import StreamingCall
 from ratelimit_sidecar.server.tls_session import HANDSHAKE_BYTES, TlsSession

@@ -19,7 +19,7 @@ from ratelimit_sidecar.crdt.waiting import PendingDecision
 from ratelimit_sidecar.server.bounds import DEFAULT_BOUNDS, MAX_HEADER_BYTES, MAX_MESSAGE_BYTES, ServerBounds
 from ratelimit_sidecar.server.budget import Budget
 from ratelimit_sidecar.server.deferred import answer_of
-from ratelimit_sidecar.server.http2 import CALL_BYTES
+from ratelimit_sidecar.server.grpc_connection import CALL_BYTES
 from ratelimit_sidecar.server.listeners import (
     UNAVAILABLE,
     UNIX_PREFIX,

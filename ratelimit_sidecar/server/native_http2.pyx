@@ -1,5 +1,5 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False
-"""A server's HTTP/2 session for `http2.Connection`, on libnghttp2 in C.
+"""A server's HTTP/2 session for `grpc_connection.Connection`, on libnghttp2 in C.
 
 `native_http2.pyi` describes the interface. `portable_http2` is the same on the package ngh2, for installations without a
 C compiler; a test compares the two. A request's headers stay one block of memory until they are read, and an answer is

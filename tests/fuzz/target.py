@@ -20,9 +20,9 @@ from ratelimit_sidecar.server.budget import Budget
 from ratelimit_sidecar.server.events import Call, Event, StreamCancelled, StreamData, StreamStarted
 from ratelimit_sidecar.server.framing import MAX_BODY_BYTES, frame
 from ratelimit_sidecar.server.front_end_counts import FrontEndCounts
-from ratelimit_sidecar.server.http2 import Connection
+from ratelimit_sidecar.server.grpc_connection import Connection
+from ratelimit_sidecar.server.http2_session import IS_NATIVE
 from ratelimit_sidecar.server.rpc import Code, Metadata, RpcError, StreamingMethod
-from ratelimit_sidecar.server.session import IS_NATIVE
 
 HEADER_BYTES: Final = 3
 """Flags and seed, before what the client sends."""

@@ -16,13 +16,13 @@ from certificates import Authority
 
 from ratelimit_sidecar.server.bounds import DEFAULT_BOUNDS
 from ratelimit_sidecar.server.front_end import FrontEnd
+from ratelimit_sidecar.server.grpc_front_end import GrpcFrontEnd
 from ratelimit_sidecar.server.grpcio import GrpcioFrontEnd
-from ratelimit_sidecar.server.h2 import H2FrontEnd
 from ratelimit_sidecar.server.rpc import Handlers, Metadata
 from ratelimit_sidecar.server.tls import ServerCertificate
 from ratelimit_sidecar.server.turns import Turns
 
-KINDS = {"h2": H2FrontEnd, "grpcio": GrpcioFrontEnd}
+KINDS = {"h2": GrpcFrontEnd, "grpcio": GrpcioFrontEnd}
 
 
 def echo(message: bytes, _metadata: Metadata) -> bytes:

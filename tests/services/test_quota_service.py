@@ -34,7 +34,7 @@ from ratelimit_sidecar.limiter.usage_reports import MAX_ID_BYTES, USAGES_AT_ONCE
 from ratelimit_sidecar.server.bounds import MAX_MESSAGE_BYTES
 from ratelimit_sidecar.server.budget import Places
 from ratelimit_sidecar.server.front_end import FrontEnd
-from ratelimit_sidecar.server.http2 import STREAM_WINDOW
+from ratelimit_sidecar.server.grpc_connection import STREAM_WINDOW
 from ratelimit_sidecar.server.rpc import Headers
 from ratelimit_sidecar.server.turns import Turns
 from ratelimit_sidecar.services.quota import ACTIONS_AT_ONCE, SERVICE_NAME, QuotaService

@@ -1,7 +1,7 @@
 """One HTTP/2 connection of a gRPC server, without I/O or clock: received bytes in, calls out, bytes to send.
 
-nghttp2 does HTTP/2 itself, behind `session.Session`. This file has gRPC's rules for it (PROTOCOL-HTTP2.md) and the
-bounds that no client can exceed.
+nghttp2 does HTTP/2 itself, behind `http2_session.Session`. This file has gRPC's rules for it (PROTOCOL-HTTP2.md) and
+the bounds that no client can exceed.
 
 Theory of operation. `receive` takes bytes from the network and returns the events in order. A unary call is one `Call`
 event (`events.py`) when its message is complete; until then it waits here. A streaming call is a `StreamStarted` event
@@ -25,8 +25,8 @@ from ratelimit_sidecar.server.budget import Budget
 from ratelimit_sidecar.server.events import Call, Event, StreamCancelled, StreamData, StreamStarted
 from ratelimit_sidecar.server.framing import MAX_BODY_BYTES, PREFIX_BYTES, percent_encode, too_large, unframe
 from ratelimit_sidecar.server.front_end_counts import FrontEndCounts
+from ratelimit_sidecar.server.http2_session import OK_TRAILERS, BrokenSession, Request, Session
 from ratelimit_sidecar.server.rpc import Code, Handler, RpcError, StreamingMethod
-from ratelimit_sidecar.server.session import OK_TRAILERS, BrokenSession, Request, Session
 
 Headers = tuple[tuple[bytes, bytes], ...]
 

@@ -34,7 +34,7 @@ one by one.
 """
 
 
-class H2FrontEnd:
+class GrpcFrontEnd:
     """The default `FrontEnd` (see `server.front_end`).
 
     Args:
