@@ -76,10 +76,10 @@ class RegionalMember:
             exceptions.RedisError, OSError, TimeoutError, BadRecord: as of `Link.call`, and when it is fenced. A call
                 that the server does not permit raises nothing, since other limits can do without: the sidecars log it.
         """
-        now_us = self._strict_us()
-        every_us, self._beaten_us = now_us - self._beaten_us, now_us
-        self._ledger.sweep(now_us, SWEPT_BUCKETS)
-        members, epoch = members_text(self._shares.in_force(now_us)), str(self._shares.membership.epoch)
+        strict_us = self._strict_us()
+        every_us, self._beaten_us = strict_us - self._beaten_us, strict_us
+        self._ledger.sweep(strict_us, SWEPT_BUCKETS)
+        members, epoch = members_text(self._shares.in_force(strict_us)), str(self._shares.membership.epoch)
         calls: list[Call] = [
             (
                 [*keys.of_accounts, keys.fence],

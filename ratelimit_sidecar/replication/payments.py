@@ -145,11 +145,11 @@ class PaymentExchange:
         return peer in self.ledger.shares.conflicts
 
     def status(self) -> MembershipStatus:
-        shares, now_us = self.ledger.shares, self._strict_us()
+        shares, strict_us = self.ledger.shares, self._strict_us()
         return MembershipStatus(
             epoch=shares.membership.epoch,
-            home_share=shares.home_fraction(now_us),
-            settled=shares.is_settled and now_us >= shares.from_us,
+            home_share=shares.home_fraction(strict_us),
+            settled=shares.is_settled and strict_us >= shares.from_us,
             conflicts=tuple(shares.conflicts),
             buckets=len(self.ledger),
             payments_sent=self.payments_sent,
@@ -178,22 +178,22 @@ class PaymentExchange:
         Returns:
             The peers to which there is something to send.
         """
-        now_us = self._strict_us()
-        if now_us < self._tick_due_us:
+        strict_us = self._strict_us()
+        if strict_us < self._tick_due_us:
             return []
-        self._tick_due_us = now_us + TICK_EVERY_US
+        self._tick_due_us = strict_us + TICK_EVERY_US
         most = max(1, TICK_WORK // (4 + len(outboxes)))
         ends = {peer: outbox.end for peer, outbox in outboxes.items() if len(outbox.open) + most <= MAX_OPEN}
-        asks = self.ledger.tick(ends, now_us, most, MAX_KEY_BYTES)
+        asks = self.ledger.tick(ends, strict_us, most, MAX_KEY_BYTES)
         for peer, wanted in asks.items():
             outboxes[peer].asks.update(wanted)
-            outboxes[peer].open.update(dict.fromkeys(wanted, now_us))
-        return [*asks, *self._wish(outboxes, now_us, most)]
+            outboxes[peer].open.update(dict.fromkeys(wanted, strict_us))
+        return [*asks, *self._wish(outboxes, strict_us, most)]
 
-    def _wish(self, outboxes: Mapping[str, PaymentOutbox], now_us: int, most: int) -> list[str]:
+    def _wish(self, outboxes: Mapping[str, PaymentOutbox], strict_us: int, most: int) -> list[str]:
         """Wish for the tokens that requests wait for; returns the peers to which there is something to send."""
         for outbox in outboxes.values():
-            self._give_up(outbox, now_us)
+            self._give_up(outbox, strict_us)
         peers = [
             peer
             for peer, outbox in outboxes.items()
@@ -202,21 +202,21 @@ class PaymentExchange:
             and len(outbox.wished) + most <= MAX_OPEN
             and self.ledger.shares.is_member(peer)
         ]
-        wishes = self.ledger.queues.tick(peers, now_us, most, MAX_KEY_BYTES)
+        wishes = self.ledger.queues.tick(peers, strict_us, most, MAX_KEY_BYTES)
         for peer, wanted in wishes.items():
             outbox = outboxes[peer]
             for key, tokens in wanted.items():
                 outbox.last_wish += 1
                 self.ledger.queues.by_key[key].policy.bucket.wish(_ticket_number(outbox, outbox.last_wish))
-                outbox.wished[outbox.last_wish] = Wish(peer, key, tokens, now_us)
+                outbox.wished[outbox.last_wish] = Wish(peer, key, tokens, strict_us)
                 outbox.wishes.append(pb.Wish(number=outbox.last_wish, key=key, tokens=tokens))
         return list(wishes)
 
-    def _give_up(self, outbox: PaymentOutbox, now_us: int) -> None:
+    def _give_up(self, outbox: PaymentOutbox, strict_us: int) -> None:
         """Give up wishes that are too old to be answered."""
         for _ in range(min(GIVEN_UP_AT_ONCE, len(outbox.wished))):
             number, wish = next(iter(outbox.wished.items()))
-            if now_us - wish.at_us <= TICKET_US:
+            if strict_us - wish.at_us <= TICKET_US:
                 return
             del outbox.wished[number]
             self.ledger.queues.by_key[wish.key].give_up(_ticket_number(outbox, number), wish)
@@ -240,14 +240,14 @@ class PaymentExchange:
             raise ProtocolError(
                 Reason.TOO_LARGE, f"{count} asks and payments in a frame; at most {MAX_TAKEN} are taken"
             )
-        now_us = self._strict_us()
-        unknown_keys = self._receive_tickets(peer, payments, outbox, now_us)
+        strict_us = self._strict_us()
+        unknown_keys = self._receive_tickets(peer, payments, outbox, strict_us)
         for pay in payments.pays:
             # Of no use from a node that is no member: it has not been asked.
             if pay.key in outbox.asks or outbox.open.pop(pay.key, None) is None:
                 raise ProtocolError(Reason.UNEXPECTED, "a payment that answers no ask")
             received = Pay(pay.amount, pay.left)
-            self.refused += not self.ledger.receive_payment(peer, outbox.end, pay.key, received, now_us)
+            self.refused += not self.ledger.receive_payment(peer, outbox.end, pay.key, received, strict_us)
             self.received += pay.amount > 0
         for ask in payments.asks:
             check_key(ask.key)
@@ -257,7 +257,7 @@ class PaymentExchange:
             if self.ledger.shares.is_member(peer):
                 asked = Ask(ask.amount, ask.level, ask.demand, ask.is_short)
                 try:
-                    answer = self.ledger.answer(peer, ask.key, asked, now_us)
+                    answer = self.ledger.answer(peer, ask.key, asked, strict_us)
                 except ValueError as error:
                     raise ProtocolError(Reason.BAD_KEY, str(error)) from error
             else:
@@ -267,19 +267,19 @@ class PaymentExchange:
             self.payments_sent += answer.amount > 0
         return unknown_keys
 
-    def _receive_tickets(self, peer: str, payments: pb.Payments, outbox: PaymentOutbox, now_us: int) -> int:
+    def _receive_tickets(self, peer: str, payments: pb.Payments, outbox: PaymentOutbox, strict_us: int) -> int:
         """The part of `receive` that is about requests that wait: returns, tickets and wishes."""
         ledger = self.ledger
         for back in payments.returns:
             # It may have expired. The stream's end is in the number, so it is of this peer.
-            ledger.release(_ticket_number(outbox, back.number), back.amount, now_us)
+            ledger.release(_ticket_number(outbox, back.number), back.amount, strict_us)
         for ticket in payments.tickets:
             if ticket.number > outbox.last_wish:
                 raise ProtocolError(Reason.UNEXPECTED, "a ticket that answers no wish")
             asked, returned = outbox.wished.pop(ticket.number, None), ticket.tokens * TOKEN
             if asked is not None:
                 given = Ticket(min(ticket.tokens, asked.tokens), ticket.left)
-                returned = ledger.accept(_ticket_number(outbox, ticket.number), asked, given, now_us)
+                returned = ledger.accept(_ticket_number(outbox, ticket.number), asked, given, strict_us)
             if ticket.tokens and len(outbox.returns) < MAX_OPEN:
                 outbox.returns.append(pb.Return(number=ticket.number, amount=min(returned, MAX_AMOUNT)))
         unknown_keys = 0
@@ -295,7 +295,7 @@ class PaymentExchange:
                 # The peer does not read. It gives the wish up.
                 continue
             try:
-                answer = ledger.set_aside(_ticket_number(outbox, wish.number), peer, wish.key, wish.tokens, now_us)
+                answer = ledger.set_aside(_ticket_number(outbox, wish.number), peer, wish.key, wish.tokens, strict_us)
             except ValueError as error:
                 raise ProtocolError(Reason.BAD_KEY, str(error)) from error
             unknown_keys += answer is None
@@ -311,9 +311,9 @@ class PaymentExchange:
         Raises:
             ProtocolError: stalled, since the room that is reserved for an answer is of no use to anybody; or exhausted.
         """
-        now_us = self._strict_us()
-        self._give_up(outbox, now_us)
-        if now_us - next(iter(outbox.open.values()), now_us) > STALL_US:
+        strict_us = self._strict_us()
+        self._give_up(outbox, strict_us)
+        if strict_us - next(iter(outbox.open.values()), strict_us) > STALL_US:
             raise ProtocolError(Reason.STALLED, f"an ask not answered for {STALL_US // 1_000_000} s")
         if outbox.last_wish > MAX_WISHES:
             raise ProtocolError(Reason.EXHAUSTED, f"{MAX_WISHES} wishes were made on this stream")
