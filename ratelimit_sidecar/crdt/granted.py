@@ -42,13 +42,13 @@ class Needs(NamedTuple):
 
     Args:
         wanted: to be drawn, beside what is held.
-        most: tokens held beyond this many go back.
+        max_held: tokens held beyond this many go back.
         room: to be granted for what other regions may pay.
         spared: the part of the account's room that is left for its refill; at most a quarter of the room.
     """
 
     wanted: int
-    most: int
+    max_held: int
     room: int = 0
     spared: int = 0
 
@@ -176,7 +176,7 @@ class GrantedBucket(StrictBucket):
         token = self._limit.period_us << 32
         is_known = self.generation >= 0
         ends = self.granted if is_known else 0
-        back = max(0, self.held - needs.most) if is_known else 0
+        back = max(0, self.held - needs.max_held) if is_known else 0
         self.level -= back * token
         kept = min(self.granted, -(-(max(0, self.level) + self.room_reserved) // token))
         draw = Draw(self.generation, ends, kept, back, needs.wanted, needs.room, needs.spared)

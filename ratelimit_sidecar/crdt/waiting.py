@@ -181,12 +181,12 @@ class WaitQueue:
         waiting.decide(outcome, strict_us)
         self._ended(waiting, strict_us)
 
-    def serve(self, strict_us: int, most: int) -> int:
-        """End the waits for which the bucket has tokens, in order; returns how many, at most `most`."""
+    def serve(self, strict_us: int, max_waits: int) -> int:
+        """End the waits for which the bucket has tokens, in order, up to `max_waits` of them; returns how many."""
         bucket = self.policy.bucket
         bucket.advance(strict_us)
         served = 0
-        while served < most and (first := self.first) is not None and bucket.has(first.hits):
+        while served < max_waits and (first := self.first) is not None and bucket.has(first.hits):
             self.leave(first, Outcome.SERVED, strict_us)
             served += 1
         return served

@@ -48,9 +48,9 @@ def unframe(body: bytes, metadata: Metadata) -> bytes:
     raise _what_is_wrong(body, metadata)
 
 
-def too_large(most: int = MAX_MESSAGE_BYTES) -> RpcError:
+def too_large(max_bytes: int = MAX_MESSAGE_BYTES) -> RpcError:
     """The status for a message beyond the limit."""
-    return RpcError(Code.RESOURCE_EXHAUSTED, f"the request is larger than {most} bytes")
+    return RpcError(Code.RESOURCE_EXHAUSTED, f"the request is larger than {max_bytes} bytes")
 
 
 def compressed(flags: int, metadata: Metadata) -> RpcError:

@@ -117,6 +117,6 @@ def test_when_nobody_asks_any_more_all_goes_back() -> None:
     answered(ledger, NOW_US, left=40)
     answered(ledger, NOW_US, tokens=10, left=30)
     later_us = NOW_US + RECENT_US
-    assert answered(ledger, later_us).most == 0
+    assert answered(ledger, later_us).max_held == 0
     assert bucket_of(ledger).held == 0
     assert gateway_needs(bucket_of(ledger), later_us) is None
