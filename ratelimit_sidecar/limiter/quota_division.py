@@ -1,6 +1,6 @@
 """Divides the limit of a pool among Envoys: how much there is, how much each wants, and how much each gets.
 
-Of a strict limit only this node's home share is divided; the strict bucket cannot use the part that Envoys have.
+Of a strict limit only this node's home is divided; the strict bucket cannot use the part that Envoys have.
 """
 
 from __future__ import annotations

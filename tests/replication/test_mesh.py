@@ -599,7 +599,7 @@ async def test_a_peers_list_may_name_an_address_twice() -> None:
 
 
 def payments_of(name: str) -> PaymentExchange:
-    """Of a node that has its home share, a half of each strict limit."""
+    """Of a node that has its home, a half of each strict limit."""
     return PaymentExchange(ledger_of(name, PAIR, now_us() - 2 * SIT_OUT_US), now_us)
 
 
