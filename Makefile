@@ -13,11 +13,14 @@ COMPILED := build/compiled
 COMPILED_READY := $(COMPILED)/.compiled
 COMPILED_PATH := PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(COMPILED):$(CURDIR)
 # What compiling can break, quickly; make test-slow runs all that is compiled through all that tests it.
-COMPILED_TESTS := $(addprefix tests/,crdt limiter server services conformance replication/test_mesh.py replication/test_session.py \
-	replication/test_outbox.py replication/test_relay.py e2e/test_one_limit.py::test_three_regions_share_one_limit)
+COMPILED_TESTS := $(addprefix tests/,crdt limiter services conformance server/test_http2.py server/test_sessions.py \
+	server/test_messages.py server/test_h2_front_end.py replication/test_mesh.py replication/test_session.py \
+	replication/test_outbox.py e2e/test_one_limit.py)
 ALL_COMPILED_TESTS := $(addprefix tests/,crdt limiter replication server services simulation conformance e2e telemetry/test_traces.py)
-# Most tests wait for something most of the time. A file's tests run one after the other, files in the order of tests/conftest.py.
-PYTEST := $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
+# A file's tests run one after the other, files in the order of tests/conftest.py.
+IN_PARALLEL := --dist loadfile --no-loadscope-reorder
+# Many tests wait for something most of the time.
+PYTEST := $(BIN)/python -m pytest -n 4 $(IN_PARALLEL)
 ALL_COMPILED_MARKS := not interpreted and not slow and not long and not deployment
 COMPILED_MARKS := $(ALL_COMPILED_MARKS) and not thorough
 SOURCES := setup.py pyproject.toml $(shell find ratelimit_sidecar third_party -name '*.py' -o -name '*.pyx' -o -name '*.[ch]')
@@ -64,8 +67,8 @@ endif
 
 test-slow: $(READY) $(COMPILED_READY) ## The tests that wait for seconds, and more of each property and each combination; CI runs it after make test
 	./dev/system-packages test
-	@echo "==> Slow tests, one at a time"
-	$(BIN)/python -m pytest -m slow $(TESTS)
+	@echo "==> Slow tests, two at a time, as each has several processes"
+	$(BIN)/python -m pytest -n 2 $(IN_PARALLEL) -m slow $(TESTS)
 	@echo "==> More of each property, and all combinations"
 	HYPOTHESIS_PROFILE=thorough $(PYTEST) -m "hypothesis and not slow and not long" $(addprefix --ignore=,$(ALL_COMPILED_TESTS))
 	HYPOTHESIS_PROFILE=thorough $(MAKE) test-compiled COMPILED_TESTS="$(ALL_COMPILED_TESTS)" COMPILED_MARKS="$(ALL_COMPILED_MARKS)"

@@ -232,7 +232,8 @@ class Sidecar:
         self._front_end = self._make_front_end(
             front_end, handlers, _front_end_bounds(config.listen, file_limits), certificate
         )
-        registry = self._make_registry(ext_authz, certificate)
+        proxies = None if config.listen.ext_authz_http is None else ProxyPlaces(file_limits.proxies, self._turns)
+        registry = self._make_registry(ext_authz, certificate, proxies)
         self._push = start_push(config.node.id, config.node.region, registry)
         self._console = HttpServer(self._make_console_app(registry), config.listen.admin)
         self._ext_authz: HttpServer | None = None
@@ -241,7 +242,7 @@ class Sidecar:
                 ext_authz_app(ext_authz, HttpWaits(HTTP_BOUNDS.requests // 2)),
                 config.listen.ext_authz_http,
                 bounds=replace(HTTP_BOUNDS, idle=round(DEFAULT_BOUNDS.idle)),
-                proxies=ProxyPlaces(file_limits.proxies, self._turns),
+                proxies=proxies,
             )
 
     def _make_mesh(self, bounds: MeshBounds) -> Mesh:
@@ -315,7 +316,9 @@ class Sidecar:
             return None
         return self._gateway.membership_status()
 
-    def _make_registry(self, ext_authz: ExtAuthzService, certificate: ServerCertificate | None) -> CollectorRegistry:
+    def _make_registry(
+        self, ext_authz: ExtAuthzService, certificate: ServerCertificate | None, proxies: ProxyPlaces | None
+    ) -> CollectorRegistry:
         drawing = None if self._fabric is None else self._fabric.drawing
         return create_registry(
             MetricSources(
@@ -326,6 +329,7 @@ class Sidecar:
                 peers=self._peers,
                 request_errors=self._service.errors,
                 ext_authz_unlimited=ext_authz.unlimited,
+                proxies=proxies,
                 replication=self._mesh,
                 rules=self.reloader,
                 membership=self._membership_status,

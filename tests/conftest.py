@@ -23,7 +23,7 @@ settings.register_profile("nightly", deadline=None, max_examples=10_000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
-FIRST = ("e2e", "simulation", "fabric", "persistence", "deploy", "demo", "telemetry")
+FIRST = ("stalls", "chaos", "e2e", "simulation", "fabric", "persistence", "deploy", "demo", "telemetry")
 """Folders whose files take longest. Several processes run a file each, so what takes long must not come last."""
 
 

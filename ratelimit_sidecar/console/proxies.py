@@ -45,6 +45,8 @@ class ProxyPlaces:
         self.turns = turns
         self.lost_connections = StepQueue()
         """The steps that free them."""
+        self.refused = 0
+        """Connections for which there was no place."""
         self._limiter = ConnectionLimiter(most, unread_bytes)
         self._idle: dict[ProxyConnection, None] = {}
         """The longest idle one first."""
@@ -60,6 +62,7 @@ class ProxyPlaces:
             if idle:
                 next(iter(idle)).abort()
                 budget = self._limiter.enter(address)
+        self.refused += budget is None
         return budget
 
     def leave(self, connection: ProxyConnection) -> None:

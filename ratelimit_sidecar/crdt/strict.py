@@ -152,22 +152,29 @@ class StrictBucket(Bucket):
         self.advance(strict_us)
         if self.has(hits):
             return True
-        self._note_demand(hits)
+        self._note_demand(self._needed(hits))
         self.denied_us = self.at_us
         return False
 
     def take(self, hits: int, strict_us: int, *, always: bool = False) -> bool:
         self.advance(strict_us)
-        self._note_demand(hits)
-        charge = (hits * self._limit.period_us) << 32
+        needed = hits or self._needed(0)
+        self._note_demand(needed)
+        charge = (needed * self._limit.period_us) << 32
         admitted = charge <= self.level
         if admitted:
             self.level -= charge
         else:
             self.denied_us = self.at_us
-            if always:
+            if always and hits:
                 self.level = max(self.level - charge, self.floor)
         return admitted
+
+    def _needed(self, hits: int) -> int:
+        """The tokens that so many hits take if they are admitted: without a home one for 0 hits, as the level here is
+        never above 0 by itself, and what is charged afterwards comes out of no home.
+        """
+        return hits if hits or self.home else 1
 
     def _note_demand(self, hits: int) -> None:
         """Count the hits as demand, and mark the bucket as active so that peers are asked."""
@@ -197,7 +204,7 @@ class StrictBucket(Bucket):
 
     def has(self, hits: int) -> bool:
         """True if it would admit so many hits at `at_us`."""
-        return (hits * self._limit.period_us) << 32 <= self.level
+        return (self._needed(hits) * self._limit.period_us) << 32 <= self.level
 
     @property
     def floor(self) -> int:

@@ -45,7 +45,8 @@ MOST_STEP_US: Final = 100_000
 """Between two calls. Who sets a clock, rather than slewing it, does so by more (ntpd by 128 ms)."""
 
 KEPT_US: Final = 60_000_000
-"""A full account that nobody called for in this time is dropped."""
+"""A full account is dropped so long after it was `used`: by the last call for it, or if it had another limit or home
+before, when that would have refilled it and this time was over."""
 
 LIFE_US: Final = 600_000_000
 """A life that did not call for so long is forgotten."""
@@ -150,9 +151,14 @@ local function draw(name, text)
   local found = redis.call('HGET', key, 'b' .. name)
   if home == 0 or not (found or has_room(class)) then return '0 0 0 0' end
   if not found then count(class, 1) end
-  local account, level = found and read_account(found), nil
+  local account, level, used = found and read_account(found), nil, clock
   if account then
     level = level_of(account, clock)
+    used = math.max(used, account.used)
+    if account.home ~= home or account.rate ~= rate then
+      -- The limit may be changed back. Made anew, the account would be full by then.
+      used = math.max(used, math.ceil(account.full) - KEPT)
+    end
   elseif found then
     -- Damaged. Who knows what was granted: as at the beginning of a lineage.
     account = {full = 0, generation = generation, out = 0, former = 0}
@@ -189,7 +195,7 @@ local function draw(name, text)
   full = string.format('%.6f', math.ceil(full * 64) / 64)
   redis.call('HSET', key, 'b' .. name, table.concat({
     full, number(generation), number(account.out), number(account.former), number(home),
-    string.format('%.17g', rate), number(clock), account.class or class
+    string.format('%.17g', rate), number(used), account.class or class
   }, ' '))
   return table.concat({number(kept), number(drawn), number(room), number(math.max(0, math.floor(level)))}, ' ')
 end

@@ -32,6 +32,29 @@ peer can read it: each entry may be of another origin, of which a frame names 1,
 _NOBODY: Final = Origin("", 0)
 
 
+class AheadOfClock:
+    """Buckets that are ahead of this clock, so that not all of them can be joined yet."""
+
+    def __init__(self) -> None:
+        self.buckets = 0
+        self.due_us: int | None = None
+        """When the clock has come so far, one of them can be joined."""
+
+    def note(self, due_us: int) -> None:
+        """Note a bucket with this `due_us_of`."""
+        self.buckets += 1
+        self.due_us = due_us if self.due_us is None else min(due_us, self.due_us)
+
+    def is_due(self, now_us: int) -> bool:
+        """True when one of them can be joined."""
+        return self.due_us is not None and self.due_us <= now_us
+
+
+def due_us_of(boundary_us: int, entries: Sequence[Entry]) -> int:
+    """When the clock has come so far, a base with this boundary and these entries can be joined."""
+    return max(boundary_us + MIN_BASE_AGE_US, max([entry.slot for entry in entries], default=0) - MAX_AHEAD_US)
+
+
 class PutOff:
     """What is put off of one snapshot, as records of the next. Call `end` after the last `add`."""
 
@@ -39,12 +62,10 @@ class PutOff:
         self.records: list[tuple[int, bytes]] = []
         """Kind and payload."""
         self.without_rule = 0
-        self.ahead = 0
+        self.ahead = AheadOfClock()
         """Buckets that were put off, by why."""
         self.left_out = 0
         """Buckets for which there was no room."""
-        self.due_us: int | None = None
-        """When the clock has come so far, one that was ahead of it can be joined."""
         self._bytes_left = most_bytes
         self._writers: dict[int, DeltasWriter] = {}
 
@@ -57,7 +78,7 @@ class PutOff:
             kind: of the record that it was in.
         """
         boundary_us = 0 if base is None else base.boundary_us
-        due_us = max(boundary_us + MIN_BASE_AGE_US, max([entry.slot for entry in entries], default=0) - MAX_AHEAD_US)
+        due_us = due_us_of(boundary_us, entries)
         if has_rule and due_us <= now_us:
             return
         if max([boundary_us, *[slot_end_us(entry.slot) for entry in entries]]) < now_us - MAX_AGE_US:
@@ -66,8 +87,7 @@ class PutOff:
             self.left_out += 1
             return
         if due_us > now_us:
-            self.ahead += 1
-            self.due_us = due_us if self.due_us is None else min(due_us, self.due_us)
+            self.ahead.note(due_us)
         else:
             self.without_rule += 1
         for start in range(0, max(1, len(entries)), MAX_PART_ENTRIES):

@@ -25,6 +25,7 @@ from ratelimit_sidecar.crdt.limit import MAX_AHEAD_US, MAX_EXPONENT, MIN_EXPONEN
 from ratelimit_sidecar.crdt.slot import REFUND, slot_exponent, slot_kind, slot_start_us
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.crdt.token_bucket import SEAL_BATCH_SLOTS
+from ratelimit_sidecar.persistence.put_off import AheadOfClock, due_us_of
 from ratelimit_sidecar.replication.deltas import MAX_SLOT_TOKENS, MAX_TIME_US
 from ratelimit_sidecar.replication.wire import ProtocolError, read_origin
 
@@ -193,7 +194,7 @@ for i, key in ipairs(KEYS) do
 end
 return answers
 """
-"""KEYS are buckets. Answers for each its fields and values in lines, for `restore`: lists are read more slowly."""
+"""KEYS are buckets. Answers for each fields and values in lines, for `restore_steps`: lists are read more slowly."""
 
 
 class Keys:
@@ -284,27 +285,35 @@ def entry_lines(entries: Iterable[Entry]) -> Iterator[str]:
 _ORIGIN: Final = re.compile(rb"([0-9a-f]{1,16}) (.+)", re.DOTALL)
 
 
-def restore_bucket(key: bytes, limit: AnyLimit, lines: bytes, store: Store, now_us: int) -> None:
-    """Join what `READ` answers of one bucket.
+def restore_steps(
+    key: bytes, limit: AnyLimit, lines: bytes, store: Store, now_us: int, *, ahead: AheadOfClock
+) -> Iterator[None]:
+    """Join what `READ` answers of one bucket, in steps; yields after each.
+
+    Args:
+        ahead: notes the bucket if it is ahead of the clock.
 
     Raises:
         BadRecord: it is malformed; nothing of it has been joined.
     """
     words = lines.split(b"\n")
     record = dict(zip(words[::2], words[1::2], strict=False))
+    entries: list[Entry] = []
     try:
-        _bounded(int(record[AT]), MAX_TIME_US)
-        entries = [
-            entry
-            for field, text in record.items()
-            if field not in (AT, BASE)
-            for entry in _entries(_origin(field), text)
-        ]
-        base = read_base(record[BASE], limit)
+        _bounded(int(record.pop(AT)), MAX_TIME_US)
+        base = read_base(record.pop(BASE), limit)
+        # That of a window says when slots were dropped last, and is not joined.
+        due_us = due_us_of(base.boundary_us, ()) if isinstance(limit, TokenBucketLimit) else 0
+        for field, text in record.items():
+            told = _entries(_origin(field), text)
+            due_us = max(due_us, due_us_of(0, told))
+            entries += told
+            yield
     except (KeyError, ValueError, ProtocolError) as error:
         raise BadRecord(str(error)) from error
-    for _ in store.restore(key, limit, base, entries, now_us):
-        pass
+    if due_us > now_us:
+        ahead.note(due_us)
+    yield from store.restore(key, limit, base, entries, now_us)
 
 
 def _origin(field: bytes) -> Origin:

@@ -1,5 +1,5 @@
 """Buckets in Redis or Valkey: what changed is written every second, what is there is read at the start, and again when
-other rules may have what had none.
+other rules may have what had none, or when the clock has come to what was ahead of it.
 
 Theory of operation. A flush tells not only the peers which own slots changed (`note`); they are kept by bucket, each
 once, until `run` writes them, in batches. One script joins them in the server (`redis_record`), so several sidecars may
@@ -34,6 +34,7 @@ from redis.asyncio.cluster import ClusterPipeline
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry
 from ratelimit_sidecar.crdt.limit import AnyLimit
 from ratelimit_sidecar.crdt.store import Store
+from ratelimit_sidecar.persistence.put_off import AheadOfClock
 from ratelimit_sidecar.persistence.redis_calls import (
     BackOff,
     Connect,
@@ -52,7 +53,7 @@ from ratelimit_sidecar.persistence.redis_record import (
     entry_lines,
     is_worth_keeping,
     join_text,
-    restore_bucket,
+    restore_steps,
 )
 from ratelimit_sidecar.persistence.time_slice import LOOP_SHARE, TimeSlice
 from ratelimit_sidecar.persistence.write_queue import ALL, MAX_WAITING, WriteQueue
@@ -69,6 +70,10 @@ LAST_WRITE_SECONDS: Final = 3.0
 FIRST_WAIT_SECONDS: Final = 0.5
 MAX_WAIT_SECONDS: Final = 30.0
 """Between two attempts; see `BackOff`."""
+
+AHEAD_FIRST_WAIT_SECONDS: Final = 60.0
+AHEAD_MAX_WAIT_SECONDS: Final = 3_600.0
+"""Between two readings of what was ahead of the clock. Others whose clocks are ahead write such all the time."""
 
 BATCH_BUCKETS: Final = 16
 """Buckets written or read by one call: the script takes less than a millisecond for them, and so does the loop."""
@@ -168,6 +173,11 @@ class RedisState:
         """Some of what is there has no rule here."""
         self._have_rules_changed = False
         """Since what is there began to be read."""
+        self._ahead = AheadOfClock()
+        """Of what is there."""
+        self._ahead_back_off = BackOff(AHEAD_FIRST_WAIT_SECONDS, AHEAD_MAX_WAIT_SECONDS)
+        self._ahead_from = 0.0
+        """What was ahead of the clock is not read again before, by `time.monotonic`."""
         self._unreadable = 0
         self._loading: asyncio.Task[None] | None = None
         self._writing = asyncio.Lock()
@@ -235,7 +245,7 @@ class RedisState:
                 self._recovered()
                 if not is_last:
                     await self._write_again(client, max(BATCH_BUCKETS, round(AGAIN_A_SECOND * self._every_seconds)))
-                    if self._reading is not None or (self._has_left_out and self._have_rules_changed):
+                    if self._reading is not None or self._can_join_more():
                         await self._load(client, self._every_seconds)
             except _FAILURES as error:
                 self._failed(error)
@@ -244,6 +254,12 @@ class RedisState:
                 # An answer may be half read.
                 await self._disconnect()
                 raise
+
+    def _can_join_more(self) -> bool:
+        """True if something of what was read could not be joined then, and may be now."""
+        if self._has_left_out and self._have_rules_changed:
+            return True
+        return self._ahead.is_due(self._now_us()) and time.monotonic() >= self._ahead_from
 
     def _failed(self, error: Exception) -> None:
         self.status.failed += 1
@@ -454,7 +470,10 @@ class RedisState:
         """Read what is there, or go on with that, for so long: what changes meanwhile waits to be written."""
         if self._reading is None:
             self._reading = client.scan_iter(match=self._keys.pattern, count=SCAN_KEYS)
+            if self._ahead.is_due(self._now_us()):
+                self._ahead_from = time.monotonic() + self._ahead_back_off.next()
             self._has_left_out = self._have_rules_changed = False
+            self._ahead = AheadOfClock()
             self._unreadable = 0
         until = time.perf_counter() + seconds
         time_slice = TimeSlice()
@@ -474,6 +493,8 @@ class RedisState:
             self._reading = None
             self._is_loaded = True
             _log.info("restored", buckets=self.status.restored, unreadable=self._unreadable)
+            if self._ahead.buckets:
+                _log.warning("buckets_put_off", ahead_of_clock=self._ahead.buckets)
 
     def _limit(self, name: bytes) -> AnyLimit | None:
         """The limit that a rule here gives the bucket of this name; None when no rule does, or it is no bucket."""
@@ -501,7 +522,8 @@ class RedisState:
             # One that has expired since is empty.
             if answer:
                 try:
-                    restore_bucket(key, limit, answer, self._store, self._now_us())
+                    for _ in restore_steps(key, limit, answer, self._store, self._now_us(), ahead=self._ahead):
+                        await time_slice.rest_when_due()
                     self.status.restored += 1
                 except BadRecord:
                     self._unreadable += 1

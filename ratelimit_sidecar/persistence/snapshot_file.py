@@ -143,7 +143,7 @@ class SnapshotFile:
                 "buckets_put_off",
                 file=str(self._path),
                 without_rule=put_off.without_rule,
-                ahead_of_clock=put_off.ahead,
+                ahead_of_clock=put_off.ahead.buckets,
                 left_out=put_off.left_out,
             )
 
@@ -216,8 +216,7 @@ class SnapshotFile:
                     await self._rules_changed.wait()
             has_changed = self._rules_changed.is_set()
             self._rules_changed.clear()
-            due_us = self._put_off.due_us
-            if has_changed or (due_us is not None and due_us <= self._now_us()):
+            if has_changed or self._put_off.ahead.is_due(self._now_us()):
                 async with self._saving:
                     await self._try_put_off()
 
@@ -228,7 +227,9 @@ class SnapshotFile:
         # Until all of it was looked at, a snapshot has all of it.
         await self._join(iter(self._put_off.records), self._store.origin, left)
         self._put_off = left
-        _log.info("put_off_joined", file=str(self._path), without_rule=left.without_rule, ahead_of_clock=left.ahead)
+        _log.info(
+            "put_off_joined", file=str(self._path), without_rule=left.without_rule, ahead_of_clock=left.ahead.buckets
+        )
 
     async def run(self) -> None:
         """Save a snapshot at each interval, for ever."""

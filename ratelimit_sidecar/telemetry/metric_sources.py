@@ -87,7 +87,7 @@ class FrontEndStatus(Protocol):
 
 
 class PlacesStatus(Protocol):
-    """What is read of a method's places (`ratelimit_sidecar.server.budget.Places`, a layer above)."""
+    """What is read of places (`server.budget.Places`, `console.proxies.ProxyPlaces`, layers above)."""
 
     @property
     def refused(self) -> int: ...
@@ -235,6 +235,7 @@ class MetricSources:
         peers: called once a scrape.
         request_errors: refused requests, by reason.
         ext_authz_unlimited: requests over ext_authz without a limit, by reason.
+        proxies: None without ext_authz over HTTP.
         replication: None if this node has no mesh.
         rules: None if the rules never change.
         membership: called once a scrape; returns None if no limit can be strict.
@@ -261,6 +262,7 @@ class MetricSources:
     peers: Callable[[], Sequence[PeerStatus]]
     request_errors: Mapping[str, int]
     ext_authz_unlimited: Mapping[str, int] = field(default_factory=dict)
+    proxies: PlacesStatus | None = None
     replication: Replication | None = None
     rules: RulesStatus | None = None
     membership: Callable[[], MembershipStatus | None] = lambda: None

@@ -105,6 +105,13 @@ METRICS: tuple[Definition, ...] = (
         read_source_by(lambda sources: sources, lambda sources: sources.ext_authz_unlimited),
     ),
     Definition(
+        "ratelimit_ext_authz_http_connections_refused_total",
+        "counter",
+        ("region",),
+        "Connections to listen.ext_authz_http closed at once since there were too many, of all or of an address.",
+        read_source(lambda sources: sources.proxies, lambda places: places.refused),
+    ),
+    Definition(
         "ratelimit_ignored_overrides_total",
         "counter",
         ("region",),

@@ -68,17 +68,18 @@ async def test_the_longest_idle_connection_of_its_address_makes_room_for_a_new_o
 
 async def test_a_connection_is_not_closed_before_its_answer() -> None:
     """However long the others of its address have been there, and of however many."""
-    app = App()
-    async with running(app, ProxyPlaces(6, Turns())) as server, AsyncExitStack() as stack:
+    app, places = App(), ProxyPlaces(6, Turns())
+    async with running(app, places) as server, AsyncExitStack() as stack:
         at_work = [
-            await under_way(await stack.enter_async_context(connect(server)), app, number) for number in range(1, 4)
+            await under_way(await stack.enter_async_context(connect(server)), app, number) for number in range(1, 5)
         ]
         async with connect(server) as one_more:
             assert await one_more.closed() == b""
+            assert places.refused == 1
         async with connect(server, OTHER) as other:
             await answered(other)
         app.slow_may_end.set()
-        assert [await each.status() for each in at_work] == [200] * 3
+        assert [await each.status() for each in at_work] == [200] * 4
 
 
 async def test_an_address_without_connections_takes_the_place_of_an_idle_one() -> None:

@@ -303,6 +303,41 @@ def test_a_payment_is_of_what_there_is() -> None:
     assert not bucket.take(1, NOW_US)
 
 
+def homeless() -> StrictBucket:
+    return StrictBucket(b"k", PER_SECOND_100, Origin("a", 1), NOW_US, home=0, from_us=0)
+
+
+def test_without_a_home_nothing_is_admitted_not_even_0_hits() -> None:
+    bucket = homeless()
+    assert not bucket.take(0, NOW_US)
+    assert not bucket.has(0)
+    assert not bucket.would_admit(0, NOW_US)
+    assert bucket.demand >= 2 * TOKEN
+
+
+def test_what_is_charged_without_a_home_is_not_admitted_again_once_it_is_repaid() -> None:
+    bucket = homeless()
+    bucket.home_version = 1
+    bucket.take(60, NOW_US, always=True)
+    assert not bucket.take(0, NOW_US + 60 * SECOND_US, always=True)
+    assert bucket.debt == 0
+
+
+def test_a_token_that_was_lent_admits_0_hits_where_no_home_is() -> None:
+    bucket = homeless()
+    bucket.wish(1)
+    bucket.accept(1, "b", 1, 50 * TOKEN, NOW_US)
+    assert [bucket.take(0, NOW_US), bucket.take(0, NOW_US)] == [True, False]
+
+
+def test_with_a_home_0_hits_pass_while_nothing_is_owed() -> None:
+    bucket = half()
+    assert bucket.take(50, NOW_US)
+    assert bucket.take(0, NOW_US)
+    assert not bucket.take(1, NOW_US, always=True)
+    assert not bucket.take(0, NOW_US)
+
+
 def test_a_limit_lowered_while_an_ask_is_open_leaves_no_more_than_the_home() -> None:
     bucket = half()
     bucket.take(50, NOW_US)

@@ -104,6 +104,11 @@ class StrictMachine(RuleBasedStateMachine):
         faults = {"none": None, "restart": cluster.restart, "close": partial(cluster.close, peer=way[0])}
         cluster.use_ticket(way[0], way[1], faults[fault])
 
+    @rule(way=directions, at=st.sampled_from([0, 1]), weights=weights, back=st.integers(0, 4))
+    def use_a_ticket_while_the_membership_changes(self, way: str, at: int, weights: dict[str, int], back: int) -> None:
+        """The node that has wished for it, or the one that pays, starts anew once it is under way."""
+        self.cluster.use_ticket(way[0], way[1], lambda _payer: self.roll_out(way[at], weights, back))
+
     @rule(duration_us=st.sampled_from([0, 1_000, 20_000, 150_000, SECOND_US, 3 * SECOND_US]))
     def pass_time(self, duration_us: int) -> None:
         self.cluster.run(duration_us)
@@ -154,6 +159,9 @@ class StrictMachine(RuleBasedStateMachine):
 
     @rule(node=nodes, weights=weights, back=st.integers(0, 4))
     def roll_out_a_membership(self, node: str, weights: dict[str, int], back: int) -> None:
+        self.roll_out(node, weights, back)
+
+    def roll_out(self, node: str, weights: dict[str, int], back: int) -> None:
         """A change may begin while others have not reached all, and a node may go back by some."""
         if not back:
             newest = self.memberships[-1]

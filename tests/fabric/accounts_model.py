@@ -18,7 +18,7 @@ Tests break one rule at a time, by the flags. What the proof rests on besides is
    replication id is another one, or a sidecar knows of a call that it does not. Then accounts are empty, do not refill
    for 3 s, and calls of the former lineage are not done.
 8. A bucket without an account has what it can have refilled since those 3 s. A full account with nothing granted is
-   dropped.
+   dropped, after a change of its limit not before the former one would have refilled it.
 9. Only the gateway says who the members are, with its fencing token. Calls that go by others are not done; those of an
    older epoch are not believed. Other regions are shown new members when all shards have known them for 3 s.
 10. The gateway is granted room for payments of other regions: `out` rises by it. It is at most `home - L - out`, with
@@ -163,9 +163,12 @@ class Shard:
         if not home:
             return b"0 0 0 0"
         generation = self.clock // COUNTED_US
-        account = self.accounts.get(name)
+        account, used = self.accounts.get(name), self.clock
         if account is not None:
             level = self._level_of(account)
+            used = max(used, account.used)
+            if (account.home, account.rate) != (home, rate):
+                used = max(used, math.ceil(account.full) - KEPT_US)
         else:
             account = Account(0, generation)
             level = max(0, self.clock - (0 if self.broken.begins_at_once else COUNTED_US)) * rate
@@ -196,6 +199,6 @@ class Shard:
         if self.clock < COUNTED_US and not (self.broken.begins_at_once or self.broken.begins_full):
             account.full = max(account.full, COUNTED_US + home / rate)
         account.full = float(f"{math.ceil(account.full * 64) / 64:.6f}")
-        account.home, account.rate, account.used = home, rate, self.clock
+        account.home, account.rate, account.used = home, rate, used
         self.accounts[name] = account
         return f"{kept} {drawn} {room} {max(0, math.floor(level))}".encode()

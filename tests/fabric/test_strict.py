@@ -15,6 +15,7 @@ from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.crdt.draw_policy import MOST_PACE_US
 from ratelimit_sidecar.crdt.gateway_ledger import GatewayLedger, gateway_needs
 from ratelimit_sidecar.crdt.granted import COUNTED_US, GRANT_US, GrantedBucket, GrantLedger
 from ratelimit_sidecar.crdt.limit import TokenBucketLimit
@@ -120,6 +121,12 @@ async def region_on(server: RedisServer, names: str = "ab") -> AsyncIterator[Reg
         await region.close()
 
 
+async def put_forward(client: Redis, us: int) -> None:
+    """Of the accounts, the clock."""
+    history, lineage, clock, time_us = (await client.hget(STRICT, "@")).split()
+    await client.hset(STRICT, "@", b"%b %b %d %b" % (history, lineage, int(clock) + us, time_us))
+
+
 async def left(server: RedisServer) -> dict[str, int]:
     """What the account of the server has, and what it counts as granted."""
     async with server.client() as client:
@@ -139,6 +146,22 @@ async def test_the_first_request_is_denied_and_one_after_a_tick_is_not(server: R
         assert a.take(30)
         assert bucket.remaining == LIMIT.capacity - 30
         assert bucket.full_in_us == 300_000
+
+
+async def test_0_hits_pass_after_a_tick_and_in_a_region_without_a_home_never(server: RedisServer) -> None:
+    """What they are charged afterwards is drawn from the account, if there is one."""
+    async with region_on(server) as region, server.client() as client:
+        a = region.sidecars["a"]
+        assert not a.take(0, key=b"n")
+        await a.tick()
+        assert a.take(0, key=b"n")
+        region.members = members_text([{"east": 0, "west": 1}])
+        await region.beat(epoch=2)
+        for _ in range(3):
+            assert not a.take(0, key=b"o")
+            region.ahead_us += GRANT_US
+            await a.tick()
+        assert not await client.hexists(STRICT, "bo")
 
 
 async def test_all_together_draw_no_more_than_there_is(server: RedisServer) -> None:
@@ -378,9 +401,7 @@ async def test_accounts_that_are_dropped_make_room_for_others_of_their_rule(serv
         await a.tick()
         await a.drawing.give_back()
         assert await accounts_of(client, b"flooded") == 30
-        history, lineage, clock, time_us = (await client.hget(STRICT, "@")).split()
-        later = int(clock) + KEPT_US + COUNTED_US
-        await client.hset(STRICT, "@", b"%b %b %d %b" % (history, lineage, later, time_us))
+        await put_forward(client, KEPT_US + COUNTED_US)
         for _ in range(3):
             await region.beat()
         assert await accounts_of(client, b"flooded") == 0
@@ -409,9 +430,38 @@ async def test_an_account_that_is_full_and_unused_is_dropped_and_is_full_when_it
         await a.drawing.give_back()
         await region.beat()
         assert await client.hexists(STRICT, "bk")
-        history, lineage, clock, time_us = (await client.hget(STRICT, "@")).split()
-        later = int(clock) + KEPT_US + COUNTED_US
-        await client.hset(STRICT, "@", b"%b %b %d %b" % (history, lineage, later, time_us))
+        await put_forward(client, KEPT_US + COUNTED_US)
         await region.beat()
         assert not await client.hexists(STRICT, "bk")
         await a.draw(100)
+
+
+async def test_an_account_whose_limit_was_another_is_kept_until_that_one_would_have_refilled_it(
+    server: RedisServer,
+) -> None:
+    day_us = 86_400 * SECOND_US
+    day = TokenBucketLimit(1_000, day_us, 1_000)
+    async with region_on(server) as region, server.client() as client:
+        a = region.sidecars["a"]
+
+        async def draw_all(limit: TokenBucketLimit) -> int:
+            """All that the account has, which is spent."""
+            region.ahead_us += MOST_PACE_US
+            assert not a.take(limit.capacity, limit, b"n")
+            await a.tick()
+            drawn = 0
+            while a.take(1, limit, b"n"):
+                drawn += 1
+            return drawn
+
+        await put_forward(client, day_us + 2 * COUNTED_US)
+        assert await draw_all(day) == 1_000
+        assert await draw_all(LIMIT) <= 2
+        await a.drawing.give_back()
+        await put_forward(client, KEPT_US + 2 * COUNTED_US)
+        await region.beat()
+        assert await draw_all(day) <= LIMIT.capacity + 2
+        await a.drawing.give_back()
+        await put_forward(client, day_us + 2 * COUNTED_US)
+        await region.beat()
+        assert not await client.hexists(STRICT, "bn")

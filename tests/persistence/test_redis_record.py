@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 
 import pytest
@@ -15,11 +15,12 @@ from persistence.test_snapshot import AFTER, LIMITS, NOW_US, RULES, SECOND_US, m
 from redis.asyncio import Redis
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
-from ratelimit_sidecar.crdt.limit import TokenBucketLimit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit, Window, WindowLimit
 from ratelimit_sidecar.crdt.slot import slot_id, slot_start_us
-from ratelimit_sidecar.crdt.store import Store
+from ratelimit_sidecar.crdt.store import RESTORED_ENTRIES, Store
 from ratelimit_sidecar.crdt.token_bucket import TokenBucket
-from ratelimit_sidecar.persistence.redis_record import JOIN, READ, BadRecord, entry_lines, join_text, restore_bucket
+from ratelimit_sidecar.persistence.put_off import AheadOfClock
+from ratelimit_sidecar.persistence.redis_record import JOIN, READ, BadRecord, entry_lines, join_text, restore_steps
 from ratelimit_sidecar.persistence.redis_store import entry_lists
 from ratelimit_sidecar.persistence.write_queue import ALL
 from ratelimit_sidecar.replication.wire import MAX_NAME_BYTES
@@ -51,7 +52,8 @@ async def join(redis: Redis, *told: bytes) -> list[object]:
 async def restored(redis: Redis, name: str, now_us: int) -> Bucket:
     store = make_store(AFTER)
     [lines] = await redis.eval(READ, 1, NAME)
-    restore_bucket(key_of(name), LIMITS[name], lines, store, now_us)
+    for _ in restore_steps(key_of(name), LIMITS[name], lines, store, now_us, ahead=AheadOfClock()):
+        pass
     bucket = store.get(key_of(name))
     assert bucket is not None
     bucket.advance(now_us)
@@ -283,9 +285,26 @@ async def test_a_bucket_takes_less_than_a_kilobyte(redis: Redis) -> None:
 )
 async def test_what_is_no_bucket_is_refused(record: dict[bytes, bytes]) -> None:
     store = make_store(AFTER)
+    told = b"\n".join(chain(*record.items()))
     with pytest.raises(BadRecord):
-        restore_bucket(key_of("tokens"), LIMITS["tokens"], b"\n".join(chain(*record.items())), store, NOW_US)
+        list(restore_steps(key_of("tokens"), LIMITS["tokens"], told, store, NOW_US, ahead=AheadOfClock()))
     assert len(store) == 0
+
+
+@pytest.mark.parametrize("name", ["tokens", "month", "fixed", "sliding"])
+@pytest.mark.parametrize(("later_us", "is_ahead"), [(SECOND_US, False), (-100_000 * SECOND_US, True)])
+async def test_a_bucket_is_ahead_only_of_a_clock_that_is_behind_its_writers(
+    redis: Redis, name: str, later_us: int, is_ahead: bool
+) -> None:
+    bucket = bucket_of(make_store(WRITERS[0]), name, NOW_US)
+    bucket.take(30, NOW_US, always=True)
+    await join(redis, join_text(bucket, entry_lines(bucket.entries()), NOW_US))
+    [lines] = await redis.eval(READ, 1, NAME)
+    ahead = AheadOfClock()
+    for _ in restore_steps(key_of(name), LIMITS[name], lines, make_store(AFTER), NOW_US + later_us, ahead=ahead):
+        pass
+    assert ahead.buckets == is_ahead
+    assert ahead.is_due(NOW_US) is is_ahead
 
 
 async def test_a_base_under_another_limit_keeps_its_tokens(redis: Redis) -> None:
@@ -338,7 +357,30 @@ async def test_what_is_sealed_while_a_bucket_of_many_nodes_is_told_in_steps_coun
         await join(redis, join_text(bucket, lines, now_us))
     read = Store(Origin("reader", 1), lambda _key: limit)
     [told] = await redis.eval(READ, 1, NAME)
-    restore_bucket(b"bucket", limit, told, read, now_us)
+    for _ in restore_steps(b"bucket", limit, told, read, now_us, ahead=AheadOfClock()):
+        pass
     found = read.bucket(b"bucket", limit, now_us)
     assert found.fold(now_us) > 0
     assert found.fold(now_us) == pytest.approx(bucket.fold(now_us), abs=50 * limit.tokens)
+
+
+async def test_a_bucket_of_many_nodes_is_read_in_small_steps(redis: Redis) -> None:
+    limit = WindowLimit(1_000_000, 86_400_000_000, Window.SLIDING)
+    nodes = [Origin(f"node {number}", 1) for number in range(50)]
+    store = Store(WRITERS[0], lambda _key: limit)
+    store.journal.peers = {*nodes}
+    bucket = store.bucket(b"bucket", limit, NOW_US)
+    for back in range(30):
+        slot = slot_id(NOW_US - (back << limit.exponent), limit.exponent)
+        bucket.merge([Entry(node, slot, 3) for node in nodes], NOW_US)
+    await join(redis, join_text(bucket, entry_lines(bucket.entries()), NOW_US))
+    [told] = await redis.eval(READ, 1, NAME)
+    read = Store(Origin("reader", 1), lambda _key: limit)
+    joined = [0]
+    for _ in restore_steps(b"bucket", limit, told, read, NOW_US, ahead=AheadOfClock()):
+        found = read.get(b"bucket")
+        joined.append(0 if found is None else len(list(found.entries())))
+    # After each node of what was read, and after each piece that was joined but the last.
+    assert joined.count(0) > len(nodes)
+    assert max(later - before for before, later in pairwise(joined)) <= RESTORED_ENTRIES
+    assert len(list(read.bucket(b"bucket", limit, NOW_US).entries())) == 50 * 30

@@ -15,7 +15,8 @@ import structlog
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.trace import SpanKind, StatusCode
 from persistence.redis_server import WITHIN_S, RedisServer, needs_redis
-from persistence.test_snapshot import AFTER, BEFORE, ELSEWHERE, NOW_US, RULES, make_store, take
+from persistence.test_snapshot import AFTER, BEFORE, ELSEWHERE, NOW_US, RULES, SECOND_US, make_store, take
+from structlog.testing import capture_logs
 from telemetry.test_traces import Traced
 
 from ratelimit_sidecar.config.sidecar_schema import PersistenceConfig
@@ -43,7 +44,7 @@ def state_in(
     server: RedisServer,
     store: Store,
     tracer: RequestTracer | None = None,
-    now_us: int = NOW_US,
+    now_us: int | Callable[[], int] = NOW_US,
     most_waiting: int = MAX_WAITING,
     **config: object,
 ) -> RedisState:
@@ -53,7 +54,7 @@ def state_in(
         partial(connect, kept),
         keys(kept),
         store,
-        lambda: now_us,
+        now_us if callable(now_us) else lambda: now_us,
         0.05,
         tracer=tracer,
         most_waiting=most_waiting,
@@ -231,6 +232,60 @@ async def test_what_had_no_rule_at_the_start_is_read_when_its_rule_has_come(serv
         late.limit_of_key = RULES.replicated_limit_of_key
         other.use_rules()
         await until(lambda: [bucket.remaining for bucket in late] == [97])
+
+
+async def another_round(state: RedisState) -> None:
+    """Wait until it has written, and read what it had to read."""
+    for _ in range(2):
+        state.status.last_us = None
+        await until(lambda: state.status.last_us is not None)
+
+
+@pytest.mark.parametrize(("name", "full"), [("tokens", 40), ("fixed", 100), ("sliding", 100)])
+async def test_what_is_ahead_of_a_clock_is_read_again_once_the_clock_has_come_forward(
+    server: RedisServer, name: str, full: int
+) -> None:
+    store = make_store(BEFORE)
+    state = state_in(server, store)
+    async with kept(state):
+        take(store, name, "a", 30, NOW_US)
+        state.note(store.drain_changes())
+        await until(lambda: state.status.written == 1)
+    clock_us = NOW_US - 100_000 * SECOND_US
+    late = make_store(AFTER)
+    other = state_in(server, late, now_us=lambda: clock_us)
+    with capture_logs() as logs:
+        await other.load()
+    assert [log["ahead_of_clock"] for log in logs if log["event"] == "buckets_put_off"] == [1]
+    assert [bucket.remaining for bucket in late] == [full]
+    async with kept(other):
+        clock_us = NOW_US
+        await until(lambda: [bucket.remaining for bucket in late] == [full - 30])
+        await another_round(other)
+        assert other.status.restored == 2
+
+
+async def test_what_a_sidecar_writes_whose_clock_is_always_ahead_is_seldom_read_again(server: RedisServer) -> None:
+    writer_us, reader_us = NOW_US + 60 * SECOND_US, NOW_US
+    ahead = make_store(BEFORE)
+    writer = state_in(server, ahead, now_us=lambda: writer_us)
+    reader = state_in(server, make_store(AFTER), now_us=lambda: reader_us)
+
+    async def write() -> None:
+        take(ahead, "sliding", "a", 3, writer_us)
+        writer.note(ahead.drain_changes())
+        await writer.save()
+
+    await write()
+    async with kept(reader):
+        writer_us += 60 * SECOND_US
+        await write()
+        reader_us += 60 * SECOND_US
+        await until(lambda: reader.status.restored == 2)
+        reader_us += 60 * SECOND_US
+        await another_round(reader)
+        assert reader.status.restored == 2
+    await writer.close()
 
 
 async def test_keys_of_others_are_left_alone(server: RedisServer) -> None:

@@ -332,3 +332,19 @@ def test_what_is_returned_on_another_stream_frees_nothing() -> None:
     other = b.payments.new_outbox()
     b.payments.receive("c", pb.Payments(returns=[pb.Return(number=1, amount=5 * TOKEN)]), other)
     assert b.bucket().aside == 5 * TOKEN
+
+
+def test_a_ticket_that_was_not_sent_ends_with_its_stream_and_keeps_its_room() -> None:
+    """The peer may have started anew, and number its wishes from 1 again."""
+    a, b = Node("a"), Node("b")
+    b.payments.receive("a", pb.Payments(wishes=[pb.Wish(number=1, key=KEY, tokens=5)]), b.outbox)
+    b.payments.closed(b.outbox)
+    b.outbox = b.payments.new_outbox()
+    assert not said_by(b.outbox).tickets
+    waiting = a.wait(3)
+    tickets = b.receive("a", pb.Payments(wishes=a.asks().wishes)).tickets
+    assert [(ticket.number, ticket.tokens) for ticket in tickets] == [(1, 3)]
+    assert b.bucket().aside == 8 * TOKEN
+    b.receive("a", a.receive("b", pb.Payments(tickets=tickets)))
+    assert waiting.outcome is Outcome.SERVED
+    assert (b.bucket().aside, b.bucket().remaining) == (5 * TOKEN, 42)

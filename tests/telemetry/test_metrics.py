@@ -35,6 +35,11 @@ OPENMETRICS = "application/openmetrics-text;version=1.0.0"
 
 
 @dataclass
+class Refused:
+    refused: int
+
+
+@dataclass
 class State:
     taken: int = 3
     failed: int = 1
@@ -146,6 +151,7 @@ def sources(
         peers=lambda: peers,
         request_errors=request_errors or {},
         ext_authz_unlimited={"no_mapping": 3},
+        proxies=Refused(4),
         replication=Mesh(),
         rules=rules or Reloads(),
         membership=lambda: shared,
@@ -420,6 +426,7 @@ def test_request_errors_and_the_build_are_shown() -> None:
     registry = create_registry(busy_sources())
     assert sample(registry, "ratelimit_request_errors_total", reason="invalid") == 1
     assert sample(registry, "ratelimit_ext_authz_unlimited_total", reason="no_mapping") == 3
+    assert sample(registry, "ratelimit_ext_authz_http_connections_refused_total", region="us-east-1") == 4
     assert sample(registry, "ratelimit_build_info", version=__version__, node="us-1", region="us-east-1") == 1
 
 
