@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.journal import Journal
-from ratelimit_sidecar.crdt.limit import Limit, Window, WindowLimit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit, Window, WindowLimit
 from ratelimit_sidecar.crdt.shares import TOKEN
 from ratelimit_sidecar.crdt.slot import slot_id
 from ratelimit_sidecar.crdt.strict import StrictBucket
@@ -42,7 +42,7 @@ MIXED_LOADS = (0.1, 0.3, 0.9)
 """Of what the limit refills, taken by all replicas together."""
 
 # Never empty at one take a microsecond.
-LIMIT = Limit(2_000_000, 1_000_000, 2_000_000)
+LIMIT = TokenBucketLimit(2_000_000, 1_000_000, 2_000_000)
 
 
 def empty_loop() -> Callable[[int], object]:
@@ -65,7 +65,7 @@ def hear_late(delay_us: int, *, busy: bool) -> Callable[[int], object]:
     """In a bucket that is not full in between a delta simply adds; else spilled refill pays. Half a microsecond of it
     is making the delta.
     """
-    limit = LIMIT if busy else Limit(10, 1_000_000, 10)
+    limit = LIMIT if busy else TokenBucketLimit(10, 1_000_000, 10)
     bucket = TokenBucket(b"k", limit, HERE, NOW_US, Journal())
     if busy:
         bucket.take(limit.capacity, NOW_US)
@@ -137,7 +137,7 @@ def deltas_of(rng: random.Random, peer: Origin, per_second: float, exponent: int
             yield flushed_us + rng.randint(*DELAYS_US), Entry(peer, slot, counts[slot])
 
 
-def mixed_load(limit: Limit, load: float) -> Mixed:
+def mixed_load(limit: TokenBucketLimit, load: float) -> Mixed:
     """A third of the load is taken here, the others by two peers."""
     rng = random.Random(1)
     per_second = load * limit.tokens / limit.period_us * SECOND_US / 3
@@ -188,7 +188,7 @@ def main() -> None:
     results = {name: measure(*step) for name, step in steps.items()}
     base = results["empty loop"]
     mixed = {
-        f"{name}, load {load:.0%}": mixed_load(Limit(tokens, SECOND_US, capacity), load)
+        f"{name}, load {load:.0%}": mixed_load(TokenBucketLimit(tokens, SECOND_US, capacity), load)
         for name, (tokens, capacity) in MIXED_LIMITS.items()
         for load in MIXED_LOADS
     }

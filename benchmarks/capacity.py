@@ -12,7 +12,7 @@ import random
 import click
 
 from ratelimit_sidecar.crdt.bucket import Origin
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.crdt.token_bucket import TokenBucket
 
 START_US = 1_790_000_000_000_000
@@ -28,7 +28,7 @@ SEED = 1
 def rejected(capacity: int, utilisation: float, requests: int = REQUESTS) -> float:
     """The part of the requests that is denied, 0 to 1."""
     gap = random.Random(SEED).expovariate
-    bucket = TokenBucket(b"k", Limit(1, REFILL_US, capacity), Origin("here", 1), START_US)
+    bucket = TokenBucket(b"k", TokenBucketLimit(1, REFILL_US, capacity), Origin("here", 1), START_US)
     now_us = float(START_US)
     denied = 0
     for _ in range(requests):

@@ -24,7 +24,7 @@ from benchmarks.serving.rounds import Figures, alternate, print_results, round_o
 from ratelimit_sidecar import __version__
 from ratelimit_sidecar.clock import Clock
 from ratelimit_sidecar.crdt.bucket import Origin
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.limiter.key import KEY_ONLY, TOKEN_BUCKET, KeyEntry, encode_bucket_key
 from ratelimit_sidecar.replication.deltas import DeltasWriter
@@ -44,7 +44,7 @@ TOLD_PER_SECOND = 200
 TELL_SECONDS = 0.02
 PING_SECONDS = 0.1
 RULES_DIGEST = 1
-LIMIT = Limit(1_000, 1_000_000, 1_000)
+LIMIT = TokenBucketLimit(1_000, 1_000_000, 1_000)
 
 
 def percentile_ms(nanoseconds: list[int], percent: int) -> float:

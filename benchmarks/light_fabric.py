@@ -21,13 +21,13 @@ import structlog
 from ratelimit_sidecar.config.sidecar_schema import FabricConfig
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.granted import GrantLedger
-from ratelimit_sidecar.crdt.limit import Limit, Window, WindowLimit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit, Window, WindowLimit
 from ratelimit_sidecar.crdt.shares import Membership, Shares
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.fabric.fabric import Fabric
 from ratelimit_sidecar.fabric.scripts import FabricKeys
 from ratelimit_sidecar.persistence.redis_client import connect
-from ratelimit_sidecar.replication.limits import DEFAULT_LIMITS
+from ratelimit_sidecar.replication.bounds import DEFAULT_BOUNDS
 from ratelimit_sidecar.replication.mesh import Mesh
 from ratelimit_sidecar.replication.payments import PaymentExchange
 
@@ -38,7 +38,7 @@ def now_us() -> int:
     return time.time_ns() // 1_000
 
 
-def steady_us() -> int:
+def strict_us() -> int:
     """The same clock for all processes of a machine."""
     return time.monotonic_ns() // 1_000
 
@@ -73,7 +73,7 @@ class LightSidecar:
         region: str,
         sync: str | None,
         peers: Sequence[str],
-        strict: Limit | None = None,
+        strict: TokenBucketLimit | None = None,
         members: Sequence[str] = (),
         admissions: Path | None = None,
     ) -> None:
@@ -86,7 +86,7 @@ class LightSidecar:
                 version="1",
                 store=store,
                 now_us=now_us,
-                steady_us=steady_us,
+                strict_us=strict_us,
                 peers=peers,
                 listen=sync,
                 payments=payments,
@@ -101,7 +101,7 @@ class LightSidecar:
         self.strict = strict
         origin = Origin(name, random.getrandbits(63) + 1)
         self.store = Store(origin, lambda _key: limit)
-        shares = Shares(Membership(1, dict.fromkeys(members, 1)), region, steady_us())
+        shares = Shares(Membership(1, dict.fromkeys(members, 1)), region, strict_us())
         self.ledger = GrantLedger(shares, origin, lambda _key: strict)
         self._admissions = None if admissions is None else admissions.open("ab", buffering=0)
         self.fabric = Fabric(
@@ -112,12 +112,12 @@ class LightSidecar:
             region=region,
             mesh_of=None if sync is None and strict is None else make_mesh,
             ledger=None if strict is None else self.ledger,
-            strict_us=steady_us,
+            strict_us=strict_us,
         )
 
     def take(self, hits: int = 1) -> None:
         if self.strict is not None:
-            at_us = steady_us()
+            at_us = strict_us()
             key = key_of(random.randrange(self.keys), self.owner)
             if self.ledger.bucket(key, self.strict, at_us).take(hits, at_us):
                 self.admitted += hits
@@ -148,7 +148,7 @@ class LightSidecar:
                 self.take()
                 due += 1 / per_second
             self.flush()
-            await asyncio.sleep(DEFAULT_LIMITS.flush)
+            await asyncio.sleep(DEFAULT_BOUNDS.flush)
 
     async def watch(self) -> None:
         """Note the longest time between two ticks."""
@@ -244,7 +244,7 @@ def main(  # noqa: PLR0917
             region=region,
             sync=sync,
             peers=peer,
-            strict=Limit(strict, 1_000_000, strict) if strict else None,
+            strict=TokenBucketLimit(strict, 1_000_000, strict) if strict else None,
             members=members.split(",") if members else [region],
             admissions=admissions,
         )

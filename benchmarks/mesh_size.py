@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from ratelimit_sidecar.app import GC_THRESHOLDS
 from ratelimit_sidecar.crdt.bucket import Origin
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.limiter.key import KEY_ONLY, TOKEN_BUCKET, KeyEntry, encode_bucket_key
 from ratelimit_sidecar.replication.replicator import Replicator
@@ -32,7 +32,7 @@ FLUSH_US = 20_000
 BUCKETS = 10_000
 WARM_UP = BUCKETS // 100
 FLUSHES = 50
-LIMIT = Limit(100, 1_000_000, 1_000)
+LIMIT = TokenBucketLimit(100, 1_000_000, 1_000)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,10 +22,10 @@ from random import Random
 
 from ratelimit_sidecar.app import GC_THRESHOLDS
 from ratelimit_sidecar.crdt.bucket import Origin
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.limiter.key import KEY_ONLY, TOKEN_BUCKET, KeyEntry, encode_bucket_key
-from ratelimit_sidecar.replication.limits import DEFAULT_LIMITS
+from ratelimit_sidecar.replication.bounds import DEFAULT_BOUNDS
 from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.session import LocalNode
 from ratelimit_sidecar.replication.stream import Stream
@@ -36,7 +36,7 @@ REGIONS = ("us-east-1", "eu-west-2", "ap-southeast-1")
 LINKS = len(list(combinations(REGIONS, 2)))
 NOW_US = 1_790_000_000_000_000
 SECOND_US = 1_000_000
-FLUSH_US = round(DEFAULT_LIMITS.flush * SECOND_US)
+FLUSH_US = round(DEFAULT_BOUNDS.flush * SECOND_US)
 DELAY_US = 40_000
 CHECK_TIME_US = 250_000
 WARM_UP_US = 2 * SECOND_US
@@ -82,7 +82,7 @@ class Stopwatch:
 class Region:
     """A sidecar's store and replicator."""
 
-    def __init__(self, name: str, limit: Limit) -> None:
+    def __init__(self, name: str, limit: TokenBucketLimit) -> None:
         self.store = Store(Origin(name, 1), lambda _key: limit)
         self.replicator = Replicator(LocalNode(self.store.origin, name, "0"), self.store, NOW_US)
         self.replicator.use_rules(1)
@@ -144,7 +144,7 @@ def measure(buckets: int, hits_a_second: int, seconds: int, seed: int = 1) -> Co
     random = Random(seed)
     # Twice of what is asked for: so all is admitted, and as many slots are written as at any limit that is in use.
     a_second = max(1, 2 * hits_a_second // buckets)
-    limit = Limit(a_second, SECOND_US, 2 * a_second)
+    limit = TokenBucketLimit(a_second, SECOND_US, 2 * a_second)
     keys = [
         encode_bucket_key(TOKEN_BUCKET, "api", [KeyEntry(KEY_ONLY, "user", f"user-{number}")])
         for number in range(buckets)

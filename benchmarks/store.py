@@ -17,13 +17,13 @@ from pathlib import Path
 
 from ratelimit_sidecar.app import GC_THRESHOLDS
 from ratelimit_sidecar.crdt.bucket import Origin
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.limiter.key import KEY_ONLY, TOKEN_BUCKET, KeyEntry, encode_bucket_key
 from ratelimit_sidecar.upkeep import SWEEP_LEAST_SECONDS, SWEEP_PASS_SECONDS
 
 NOW_US = 1_790_000_000_000_000
-LIMIT = Limit(10, 1_000_000, 100)
+LIMIT = TokenBucketLimit(10, 1_000_000, 100)
 
 
 def resident_bytes() -> int:

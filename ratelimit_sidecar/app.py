@@ -36,7 +36,7 @@ from ratelimit_sidecar.config.rules_file import load_rules, rules_of_resources
 from ratelimit_sidecar.config.sidecar import SidecarConfig
 from ratelimit_sidecar.config.sidecar_schema import FabricConfig, ListenConfig, PersistenceConfig
 from ratelimit_sidecar.console import app as console
-from ratelimit_sidecar.console.limits import DEFAULT_LIMITS as HTTP_LIMITS
+from ratelimit_sidecar.console.bounds import DEFAULT_BOUNDS as HTTP_BOUNDS
 from ratelimit_sidecar.console.proxies import MAX_CONNECTIONS as MAX_PROXY_CONNECTIONS
 from ratelimit_sidecar.console.proxies import ProxyPlaces
 from ratelimit_sidecar.console.server import HttpServer
@@ -54,21 +54,21 @@ from ratelimit_sidecar.limiter.rules import Rules
 from ratelimit_sidecar.mesh_status import MembershipStatus, PeerStatus
 from ratelimit_sidecar.persistence.purse_file import PurseFile
 from ratelimit_sidecar.persistence.snapshot_file import SnapshotFile
+from ratelimit_sidecar.replication.bounds import DEFAULT_BOUNDS as MESH_BOUNDS
+from ratelimit_sidecar.replication.bounds import MeshBounds
 from ratelimit_sidecar.replication.demands import Demands
-from ratelimit_sidecar.replication.limits import DEFAULT_LIMITS as MESH_LIMITS
-from ratelimit_sidecar.replication.limits import MeshLimits
 from ratelimit_sidecar.replication.mesh import Mesh
 from ratelimit_sidecar.replication.payments import PaymentExchange
 from ratelimit_sidecar.replication.tls import NodeCertificate
 from ratelimit_sidecar.rules_source.files import RulesFiles
 from ratelimit_sidecar.rules_source.reloader import Reloader
 from ratelimit_sidecar.rules_source.xds import XdsClient
+from ratelimit_sidecar.server.bounds import DEFAULT_BOUNDS, ServerBounds
 from ratelimit_sidecar.server.deferred import HttpWaits
 from ratelimit_sidecar.server.file_limit import FileLimits, raise_file_limit
 from ratelimit_sidecar.server.front_end import FrontEnd
+from ratelimit_sidecar.server.grpc_front_end import GrpcFrontEnd
 from ratelimit_sidecar.server.grpcio import GrpcioFrontEnd
-from ratelimit_sidecar.server.h2 import H2FrontEnd
-from ratelimit_sidecar.server.limits import DEFAULT_LIMITS, Limits
 from ratelimit_sidecar.server.listeners import ListenError
 from ratelimit_sidecar.server.rpc import Handlers
 from ratelimit_sidecar.server.tls import ServerCertificate
@@ -180,7 +180,7 @@ class Sidecar:
         self._stalls = StallMonitor()
         self._latency = LatencyHistogram()
         file_limits = _raise_file_limit(config.listen)
-        mesh_limits = replace(MESH_LIMITS, connections=file_limits.mesh)
+        mesh_bounds = replace(MESH_BOUNDS, connections=file_limits.mesh)
         self._tracing = start_tracing(config.node.id, config.node.region)
         self.limiter = _make_limiter(config, rules, self.clock.now_us())
         self._fullest = FullestBuckets(self.limiter.store)
@@ -191,7 +191,7 @@ class Sidecar:
         quotas = Quotas(self.limiter, self._strict_us(), self.clock.now_us)
         self._turns = Turns()
         self._quotas = QuotaService(quotas, self._strict_us, waits_for_rules=waits_for_rules, turns=self._turns)
-        self._mesh = self._make_mesh(mesh_limits)
+        self._mesh = self._make_mesh(mesh_bounds)
         self._mesh.use_rules(rules.digest)
         self._snapshots, self._redis = _make_persistence(
             config.persistence,
@@ -205,14 +205,14 @@ class Sidecar:
         self._purses: PurseFile | None = None
         if config.persistence is not None and config.persistence.file is not None:
             self._purses = PurseFile(config.persistence.file, self.limiter.ledger)
-        self._fabric = None if config.fabric is None else self._make_fabric(config.fabric, mesh_limits)
+        self._fabric = None if config.fabric is None else self._make_fabric(config.fabric, mesh_bounds)
         self._service = self._make_service(waits_for_rules=waits_for_rules)
         ext_authz = ExtAuthzService(self._service, lambda: self.limiter.rules)
         self._health, handlers = self._make_handlers(ext_authz)
         certificate = None if config.listen.tls is None else ServerCertificate(config.listen.tls)
-        self._h2: H2FrontEnd | None = None
+        self._h2: GrpcFrontEnd | None = None
         self._front_end = self._make_front_end(
-            front_end, handlers, _front_end_limits(config.listen, file_limits), certificate
+            front_end, handlers, _front_end_bounds(config.listen, file_limits), certificate
         )
         proxies = None if config.listen.ext_authz_http is None else ProxyPlaces(file_limits.proxies, self._turns)
         registry = self._make_registry(ext_authz, certificate, proxies)
@@ -221,9 +221,9 @@ class Sidecar:
         self._ext_authz: HttpServer | None = None
         if config.listen.ext_authz_http is not None:
             self._ext_authz = HttpServer(
-                ext_authz_app(ext_authz, HttpWaits(HTTP_LIMITS.requests // 2)),
+                ext_authz_app(ext_authz, HttpWaits(HTTP_BOUNDS.requests // 2)),
                 config.listen.ext_authz_http,
-                limits=replace(HTTP_LIMITS, idle=round(DEFAULT_LIMITS.idle)),
+                bounds=replace(HTTP_BOUNDS, idle=round(DEFAULT_BOUNDS.idle)),
                 proxies=proxies,
             )
 
@@ -254,7 +254,7 @@ class Sidecar:
             **ReflectionService([*services, HEALTH_SERVICE_NAME]).handlers(),
         }
 
-    def _make_mesh(self, limits: MeshLimits) -> Mesh:
+    def _make_mesh(self, bounds: MeshBounds) -> Mesh:
         config, ledger = self._config, self.limiter.ledger
         # On a fabric the gateway alone has streams, of a mesh of its own.
         has_streams = config.fabric is None
@@ -264,7 +264,7 @@ class Sidecar:
             version=__version__,
             store=self.limiter.store,
             now_us=self.clock.now_us,
-            steady_us=self._strict_us,
+            strict_us=self._strict_us,
             peers=config.sync.peers if has_streams else (),
             listen=config.listen.sync if has_streams else None,
             certificate=None if config.sync.tls is None else NodeCertificate(config.sync.tls),
@@ -272,10 +272,10 @@ class Sidecar:
             payments=PaymentExchange(ledger, self._strict_us) if ledger is not None and has_streams else None,
             demands=Demands(self._quotas.quotas, self._strict_us),
             supervisor=self._supervisor,
-            limits=limits,
+            bounds=bounds,
         )
 
-    def _make_fabric(self, config: FabricConfig, limits: MeshLimits) -> Fabric:
+    def _make_fabric(self, config: FabricConfig, bounds: MeshBounds) -> Fabric:
         # Imported only when configured.
         from ratelimit_sidecar.fabric.fabric import Fabric  # noqa: PLC0415
         from ratelimit_sidecar.fabric.scripts import FabricKeys  # noqa: PLC0415
@@ -287,14 +287,14 @@ class Sidecar:
             self.limiter.store,
             self.clock.now_us,
             region=self._config.node.region,
-            mesh_of=partial(self._make_gateway, limits=limits),
+            mesh_of=partial(self._make_gateway, bounds=bounds),
             ledger=self.limiter.ledger if isinstance(self.limiter.ledger, GrantLedger) else None,
             strict_us=self._strict_us,
         )
         self._mesh.read_changes(fabric.note)
         return fabric
 
-    def _make_gateway(self, store: Store, payments: PaymentExchange | None, limits: MeshLimits) -> Mesh:
+    def _make_gateway(self, store: Store, payments: PaymentExchange | None, bounds: MeshBounds) -> Mesh:
         sync = self._config.sync
         self._gateway = mesh = Mesh(
             origin=store.origin,
@@ -302,14 +302,14 @@ class Sidecar:
             version=__version__,
             store=store,
             now_us=self.clock.now_us,
-            steady_us=self._strict_us,
+            strict_us=self._strict_us,
             peers=sync.peers,
             listen=self._config.listen.sync,
             certificate=None if sync.tls is None else NodeCertificate(sync.tls),
             payments=payments,
             is_gateway=True,
             supervisor=self._supervisor,
-            limits=limits,
+            bounds=bounds,
         )
         mesh.use_rules(self.limiter.rules.digest)
         return mesh
@@ -434,13 +434,13 @@ class Sidecar:
         return degraded
 
     def _make_front_end(
-        self, kind: FrontEndKind, handlers: Handlers, limits: Limits, certificate: ServerCertificate | None
+        self, kind: FrontEndKind, handlers: Handlers, bounds: ServerBounds, certificate: ServerCertificate | None
     ) -> FrontEnd:
         addresses = self._config.listen.grpc
         if kind is FrontEndKind.H2:
-            self._h2 = H2FrontEnd(handlers, addresses, limits=limits, certificate=certificate, turns=self._turns)
+            self._h2 = GrpcFrontEnd(handlers, addresses, bounds=bounds, certificate=certificate, turns=self._turns)
             return self._h2
-        return GrpcioFrontEnd(handlers, addresses, limits=limits, certificate=certificate, supervisor=self._supervisor)
+        return GrpcioFrontEnd(handlers, addresses, bounds=bounds, certificate=certificate, supervisor=self._supervisor)
 
     async def run(self) -> None:
         """Answer until SIGTERM or SIGINT, then drain.
@@ -730,16 +730,16 @@ def _make_limiter(config: SidecarConfig, rules: Rules, now_us: int) -> Limiter:
     return Limiter(rules, origin, config.settings, ledger, max_buckets=config.max_buckets)
 
 
-def _front_end_limits(listen: ListenConfig, file_limits: FileLimits) -> Limits:
-    """The front end's limits, with those that are configured; 0 is not allowed there."""
+def _front_end_bounds(listen: ListenConfig, file_limits: FileLimits) -> ServerBounds:
+    """The front end's bounds, with those that are configured; 0 is not allowed there."""
     age_s, grace_s = listen.max_connection_age_seconds, listen.max_connection_age_grace_seconds
-    return replace(DEFAULT_LIMITS, connections=file_limits.clients, age=age_s or None, age_grace=grace_s or inf)
+    return replace(DEFAULT_BOUNDS, connections=file_limits.clients, age=age_s or None, age_grace=grace_s or inf)
 
 
 def _raise_file_limit(listen: ListenConfig) -> FileLimits:
     """Raise the limit on file descriptors, and log it if it stays too low."""
     proxies = 0 if listen.ext_authz_http is None else MAX_PROXY_CONNECTIONS
-    wanted = FileLimits(clients=DEFAULT_LIMITS.connections, mesh=MESH_LIMITS.connections, proxies=proxies)
+    wanted = FileLimits(clients=DEFAULT_BOUNDS.connections, mesh=MESH_BOUNDS.connections, proxies=proxies)
     given = raise_file_limit(wanted)
     if given != wanted:
         _log.warning(

@@ -45,8 +45,8 @@ class Clock:
     """The sidecar's clock. Call `slew` about once a second."""
 
     def __init__(self) -> None:
-        self._offset_us = time.time_ns() // 1_000 - _steady_us()
-        self._slewed_at_us = _steady_us()
+        self._offset_us = time.time_ns() // 1_000 - _boottime_us()
+        self._slewed_at_us = _boottime_us()
         self._floor_us = 0
         """The largest time returned before the last slew back."""
         self._far_since_us: int | None = None
@@ -58,7 +58,7 @@ class Clock:
 
     def now_us(self) -> int:
         """Microseconds since the epoch; never less than in the call before, except after a step back in `slew`."""
-        now_us = self._offset_us + _steady_us()
+        now_us = self._offset_us + _boottime_us()
         return now_us if now_us > self._floor_us else self._floor_us
 
     def slew(self, peers_ahead_us: Iterable[int] = ()) -> int:
@@ -70,7 +70,7 @@ class Clock:
         Returns:
             The step of the clock in microseconds; 0 if there was none, or it was only slewed.
         """
-        mono_us = _steady_us()
+        mono_us = _boottime_us()
         gap_us = time.time_ns() // 1_000 - mono_us - self._offset_us
         elapsed_us = mono_us - self._slewed_at_us
         self._slewed_at_us = mono_us
@@ -109,5 +109,5 @@ def _doubted_us(gap_us: int, peers_ahead_us: Iterable[int]) -> int:
     return DISPUTED_US if disagreeing > agreeing else ALONE_US
 
 
-def _steady_us() -> int:
+def _boottime_us() -> int:
     return time.clock_gettime_ns(_BOOTTIME) // 1_000

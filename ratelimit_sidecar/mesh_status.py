@@ -79,7 +79,7 @@ class MembershipStatus:
     Args:
         epoch: of the membership that this node is configured with.
         home_share: the part of each strict limit that is this node's home now; 0 to 1.
-        settled: True if the home share is that of the membership. Otherwise it is smaller, because the process has just
+        settled: True if the home is that of the membership. Otherwise it is smaller, because the process has just
             started, or not every member has shown this epoch yet.
         conflicts: nodes that show other members under the same epoch. One of the two nodes is configured wrongly;
             meanwhile this one uses the smaller share.

@@ -61,7 +61,9 @@ def _warn_when_full(buckets: Store | Ledger, limiter: Limiter) -> None:
         _log.warning("too_many_slots", slots=buckets.slots, most_slots=buckets.most_slots, part_of_horizon=part)
     if not buckets.room.is_ample:
         overflowed = sum(limiter.overflow_decisions.values())
-        _log.warning("buckets_full", buckets=len(buckets), max_buckets=buckets.room.most, overflow_decisions=overflowed)
+        _log.warning(
+            "buckets_full", buckets=len(buckets), max_buckets=buckets.room.max_buckets, overflow_decisions=overflowed
+        )
 
 
 async def look_for_fullest(fullest: FullestBuckets, now_us: Callable[[], int], limiter: Limiter) -> None:

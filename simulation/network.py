@@ -4,7 +4,7 @@ Theory of operation. A connection keeps order and loses nothing: a lost packet i
 wait, too. Two connections overtake each other. While the way from A to B is cut, what A sends waits, and so does what
 was on its way; nobody is told. A reset loses what is on its way in both directions, and both ends know when the news
 has come to them. A reader that is slow, or suspended, leaves frames lying; when `window_bytes` lie there or are on
-their way, the writer stops, and gives the peer up after `MeshLimits.write`, as the real one does.
+their way, the writer stops, and gives the peer up after `MeshBounds.write`, as the real one does.
 
 Frames move one event each: it is due when the frame has arrived, the way is free and the reader is. Batches are
 written, and applied, in steps (`replication/pace.py`), and anything may happen between them.
@@ -19,14 +19,14 @@ from itertools import permutations
 from random import Random
 from typing import TYPE_CHECKING
 
-from ratelimit_sidecar.replication.limits import DEFAULT_LIMITS
+from ratelimit_sidecar.replication.bounds import DEFAULT_BOUNDS
 from ratelimit_sidecar.replication.stream import Stream
 from simulation.loop import MS, SECOND_US, Loop
 
 if TYPE_CHECKING:
     from simulation.node import Node
 
-WRITE_US = int(DEFAULT_LIMITS.write * SECOND_US)
+WRITE_US = int(DEFAULT_BOUNDS.write * SECOND_US)
 
 RETRANSMIT_US = 200 * MS
 """The least a lost packet costs when nothing follows it: TCP's shortest retransmission timeout on Linux."""
@@ -219,7 +219,7 @@ class End:
         """A few times a second, while the owner runs."""
         blocked_us = self.blocked_since_us
         if blocked_us is not None and self.network.loop.now_us - blocked_us >= WRITE_US:
-            self.hang_up(f"the peer has not read for {DEFAULT_LIMITS.write:g} s")
+            self.hang_up(f"the peer has not read for {DEFAULT_BOUNDS.write:g} s")
         else:
             self.stream.check_time(self.owner.clock.now_us())
 

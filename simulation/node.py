@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 from ratelimit_sidecar.crdt.bucket import Bucket, Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.shares import Membership, Shares
-from ratelimit_sidecar.crdt.waiting import Outcome, Waiting
+from ratelimit_sidecar.crdt.waiting import Outcome, PendingDecision
 from ratelimit_sidecar.limiter.key import rule_key
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.rules import Consistency, Rules
-from ratelimit_sidecar.replication.limits import DEFAULT_LIMITS
+from ratelimit_sidecar.replication.bounds import DEFAULT_BOUNDS
 from ratelimit_sidecar.replication.payments import PaymentExchange
 from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.session import LocalNode
@@ -32,14 +32,14 @@ from simulation.workload import DOMAIN
 if TYPE_CHECKING:
     from simulation.cluster import Cluster
 
-FLUSH_US = int(DEFAULT_LIMITS.flush * SECOND_US)
-CHECK_TIME_TICKS = int(CHECK_TIME_SECONDS / DEFAULT_LIMITS.flush)
-SLEW_TICKS = int(1 / DEFAULT_LIMITS.flush)
+FLUSH_US = int(DEFAULT_BOUNDS.flush * SECOND_US)
+CHECK_TIME_TICKS = int(CHECK_TIME_SECONDS / DEFAULT_BOUNDS.flush)
+SLEW_TICKS = int(1 / DEFAULT_BOUNDS.flush)
 LOOK_TICKS = SLEW_TICKS // 2
 SWEEP_BUCKETS = 1_000
 """In a second; `app.py` does as much in steps of 10 ms."""
 
-CONNECT_US = int(DEFAULT_LIMITS.connect * SECOND_US)
+CONNECT_US = int(DEFAULT_BOUNDS.connect * SECOND_US)
 POLL_DRAIN_US = 5 * MS
 
 
@@ -125,7 +125,7 @@ class Node:
         """Answer now, or when the request has waited; of the clients of those some give up."""
         loop, draw = self.cluster.loop, self.cluster.random
         decided = self.limiter.decide_or_wait(request, self.clock.now_us())
-        if not isinstance(decided, Waiting):
+        if not isinstance(decided, PendingDecision):
             answer(decided)
             return
         decided.on_end = lambda: answer(decided.result())
@@ -165,10 +165,10 @@ class Node:
         """A connection of this node is gone: one that it had dialled is dialled again."""
         target = self._targets.get(stream.address) if stream.is_dialled else None
         if target is not None:
-            lasted = self.cluster.loop.now_us - target.dialled_us >= DEFAULT_LIMITS.lasting * SECOND_US
+            lasted = self.cluster.loop.now_us - target.dialled_us >= DEFAULT_BOUNDS.lasting * SECOND_US
             self._dial_again(target, lasted=lasted)
 
-    def _end_wait(self, waiting: Waiting, outcome: Outcome) -> None:
+    def _end_wait(self, waiting: PendingDecision, outcome: Outcome) -> None:
         if self.cluster.loop.now_us < self.resumes_us:
             self.cluster.loop.at(self.resumes_us, self._end_wait, waiting, outcome)
         elif self.is_up:
@@ -241,7 +241,7 @@ class Node:
             self.cluster.loop.soon(lambda: self._dial(target))
             return
         target.attempts += 1
-        longest_s = min(DEFAULT_LIMITS.first_redial * 2 ** (target.attempts - 1), DEFAULT_LIMITS.most_redial)
+        longest_s = min(DEFAULT_BOUNDS.first_redial * 2 ** (target.attempts - 1), DEFAULT_BOUNDS.most_redial)
         self.cluster.loop.after(int(self.cluster.random.random() * longest_s * SECOND_US), self._dial, target)
 
     def _dial(self, target: _Target) -> None:
@@ -286,7 +286,7 @@ class Node:
             return
         self._let_out()
         done(self.replicator.flush_steps(self.clock.now_us()))
-        self._await_settled(self.cluster.loop.now_us + int(DEFAULT_LIMITS.drain * SECOND_US))
+        self._await_settled(self.cluster.loop.now_us + int(DEFAULT_BOUNDS.drain * SECOND_US))
 
     def _await_settled(self, until_us: int) -> None:
         if not self.is_up:
@@ -299,7 +299,7 @@ class Node:
         self.cluster.note_drained(self, is_settled=is_settled)
         for end in list(self.ends):
             end.stream.close(Reason.DRAINING, "the sidecar is shutting down", self.clock.now_us())
-        loop.after(int(DEFAULT_LIMITS.goodbye * SECOND_US), self._exit)
+        loop.after(int(DEFAULT_BOUNDS.goodbye * SECOND_US), self._exit)
 
     def _exit(self) -> None:
         if self.is_up:

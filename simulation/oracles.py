@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Origin
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.crdt.slot import slot_end_us
 from ratelimit_sidecar.crdt.store import Store
 from simulation.textbook import TextbookBucket
@@ -32,7 +32,7 @@ def held(bucket: Bucket | None, origin: Origin, slot: int) -> int:
 class StrictOracle:
     """P5: all replicas together never admit more than the limit in any interval."""
 
-    def __init__(self, name: str, limit: Limit) -> None:
+    def __init__(self, name: str, limit: TokenBucketLimit) -> None:
         self._name = name
         self._bucket = TextbookBucket(limit)
 
@@ -49,7 +49,7 @@ class LocalOracle:
     """P2: a bucket that is never replicated is a textbook token bucket, by the clock of its node, until that is set
     back: then it stands still for a while."""
 
-    def __init__(self, name: str, limit: Limit) -> None:
+    def __init__(self, name: str, limit: TokenBucketLimit) -> None:
         self._name = name
         self._bucket = TextbookBucket(limit)
         self._latest_us: int | None = 0
@@ -71,7 +71,7 @@ class EventualOracle:
             of one, or all of it where the limit has changed.
     """
 
-    def __init__(self, name: str, limit: Limit, exponent: int) -> None:
+    def __init__(self, name: str, limit: TokenBucketLimit, exponent: int) -> None:
         self.overshoots = 0
         """Admissions beyond the limit."""
         self._name = name

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 
 
 class TextbookBucket:
     """Full at first. Its deficit is scaled by the limit's `period_us`."""
 
-    def __init__(self, limit: Limit) -> None:
+    def __init__(self, limit: TokenBucketLimit) -> None:
         self.limit = limit
         self.deficit = 0
         self._at_us = 0
@@ -41,13 +41,13 @@ class TextbookBucket:
         return self.deficit - self.limit.ceiling
 
 
-def ideal(limit: Limit, times_us: Iterable[int]) -> int:
+def ideal(limit: TokenBucketLimit, times_us: Iterable[int]) -> int:
     """How many of the requests at `times_us`, in order, one bucket for all regions admits."""
     bucket = TextbookBucket(limit)
     return sum(map(bucket.take, times_us))
 
 
-def worst_burst(limit: Limit, admitted_us: Iterable[int]) -> int:
+def worst_burst(limit: TokenBucketLimit, admitted_us: Iterable[int]) -> int:
     """The most by which the admissions in any interval exceed capacity + rate * its length; 0 when none does.
 
     Args:

@@ -13,7 +13,7 @@ from hashlib import blake2b
 from typing import Any
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry
-from ratelimit_sidecar.crdt.limit import Limit, Window
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit, Window
 from ratelimit_sidecar.crdt.shares import TOKEN
 from ratelimit_sidecar.crdt.slot import placed_us, slot_exponent, slot_id, slot_start_us
 from ratelimit_sidecar.crdt.token_bucket import TokenBucket
@@ -97,7 +97,7 @@ class Watched(Cluster):
     @property
     def payments(self) -> int:
         """Granted by the lives that still are."""
-        return sum(node.payments.paid for node in self.live)
+        return sum(node.payments.payments_sent for node in self.live)
 
     @property
     def served(self) -> int:
@@ -216,7 +216,7 @@ class Watched(Cluster):
         nodes = self.live
         at_us = max(node.now_us for node in nodes)
         found = []
-        for key in sorted({bucket.key for node in nodes for bucket in node.store if bucket.journal is not None}):
+        for key in sorted({bucket.key for node in nodes for bucket in node.store if bucket.is_replicated}):
             first, second = (
                 rules.replicated_limit_of_key(key) for rules in (self.editions.first, self.editions.second)
             )
@@ -228,7 +228,7 @@ class Watched(Cluster):
             folds = [0 if bucket is None else bucket.fold(at_us) for bucket in buckets]
             # Replicas that went over to another rate at different moments may have sealed different deficits.
             if first in (None, second) and len(set(folds)) > 1:
-                if lasting and isinstance(second, Limit) and max(folds) <= KEPT_US * second.tokens:
+                if lasting and isinstance(second, TokenBucketLimit) and max(folds) <= KEPT_US * second.tokens:
                     continue
                 shown = ", ".join(f"{node.name}: {fold}" for node, fold in zip(nodes, folds, strict=True))
                 found.append(f"{key!r} folds to {shown}")
@@ -311,7 +311,7 @@ class Watched(Cluster):
                 assert limit is not None
                 self._note_eventual(bucket, rule, limit, hits)
 
-    def _note_eventual(self, bucket: Bucket, rule: str, limit: Limit, hits: int) -> None:
+    def _note_eventual(self, bucket: Bucket, rule: str, limit: TokenBucketLimit, hits: int) -> None:
         oracle = self._oracles.get(bucket.key)
         if oracle is None:
             oracle = self._oracles[bucket.key] = EventualOracle(rule, limit, self.editions.exponent[rule])
@@ -390,7 +390,7 @@ def _boundary_of(cluster: Watched, node: Node) -> Callable[[bytes, int], int]:
             return _NEVER_US
         bucket = node.store.get(key)
         known_us = cluster.rule_known_us(node, key)
-        if isinstance(limit, Limit):
+        if isinstance(limit, TokenBucketLimit):
             base_us = 0 if bucket is None else bucket.base.boundary_us
             return max(limit.boundary_us(node.now_us), base_us, known_us) + (
                 # One that began before that is not taken. It may be wider than the limit has them now.
@@ -415,7 +415,7 @@ def _in_force(node: Node, key: bytes) -> Bucket | None:
 def _recent_state(bucket: Bucket, at_us: int) -> set[Entry]:
     """The entries that comparing makes equal: of older ones it is what they amount to."""
     limit = bucket.limit
-    if not isinstance(limit, Limit):
+    if not isinstance(limit, TokenBucketLimit):
         return set()
     oldest_us = max(bucket.base.boundary_us, limit.boundary_us(at_us)) + KEPT_US + EVERY_US
     return {entry for entry in bucket.entries() if placed_us(entry.slot, limit.exponent) >= oldest_us}

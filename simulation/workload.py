@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from random import Random
 
-from ratelimit_sidecar.crdt.limit import AnyLimit, Limit, Window, WindowLimit
+from ratelimit_sidecar.crdt.limit import AnyLimit, TokenBucketLimit, Window, WindowLimit
 from ratelimit_sidecar.envoy_api.envoy.extensions.common.ratelimit.v3.ratelimit_pb2 import RateLimitDescriptor
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest
 from ratelimit_sidecar.limiter.rules import Consistency, Rule, RuleNode, Rules
@@ -47,12 +47,12 @@ class RulesEditions:
 
     first: Rules
     second: Rules
-    most: Mapping[str, Limit]
+    most: Mapping[str, TokenBucketLimit]
     exponent: Mapping[str, int]
 
 
-def per_second(tokens: int, capacity: int) -> Limit:
-    return Limit(tokens, SECOND_US, capacity)
+def per_second(tokens: int, capacity: int) -> TokenBucketLimit:
+    return TokenBucketLimit(tokens, SECOND_US, capacity)
 
 
 def draw_rules(draw: Random) -> RulesEditions:
@@ -80,7 +80,7 @@ def _editions(first: Mapping[str, AnyLimit], second: Mapping[str, AnyLimit]) -> 
     most, exponent = {}, {}
     for rule, limit in second.items():
         before = first.get(rule, limit)
-        if isinstance(limit, Limit) and isinstance(before, Limit):
+        if isinstance(limit, TokenBucketLimit) and isinstance(before, TokenBucketLimit):
             fastest = max(limit, before, key=lambda each: each.tokens / each.period_us)
             most[rule] = replace(fastest, capacity=max(limit.capacity, before.capacity))
             exponent[rule] = max(limit.exponent, before.exponent)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.crdt.shares import Membership, Shares
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest
 from ratelimit_sidecar.limiter.limiter import Limiter
@@ -13,7 +13,7 @@ from ratelimit_sidecar.mesh_status import MembershipStatus, PeerStatus
 
 NOW_US = 1_795_000_000_000_000
 
-TWO_A_MINUTE = Limit(tokens=2, period_us=60_000_000, capacity=2)
+TWO_A_MINUTE = TokenBucketLimit(tokens=2, period_us=60_000_000, capacity=2)
 
 
 class NoTelemetry:

@@ -45,12 +45,12 @@ from collections.abc import Sequence, Set
 from benchmarks.admission.demand import Request
 from benchmarks.admission.links import Cut
 from benchmarks.admission.policies.policy import FLUSH_US
-from ratelimit_sidecar.crdt.limit import Limit
-from ratelimit_sidecar.replication.limits import DEFAULT_LIMITS
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
+from ratelimit_sidecar.replication.bounds import DEFAULT_BOUNDS
 from ratelimit_sidecar.replication.stream_io import CHECK_TIME_SECONDS
 from simulation.network import STEP_US
 
-AGAIN_US = int((DEFAULT_LIMITS.connect + DEFAULT_LIMITS.most_redial + CHECK_TIME_SECONDS) * 1_000_000)
+AGAIN_US = int((DEFAULT_BOUNDS.connect + DEFAULT_BOUNDS.most_redial + CHECK_TIME_SECONDS) * 1_000_000)
 """An attempt that has begun during the cut, a wait, and until both ends have looked."""
 
 STEPS_US = 4 * STEP_US
@@ -60,7 +60,7 @@ Delays = Sequence[Sequence[int]]
 """From region to region, the longest that a frame was on its way: it is known after the run."""
 
 
-def bound(limit: Limit, requests: Sequence[Request], delays_us: Delays, cuts: Sequence[Cut]) -> int:
+def bound(limit: TokenBucketLimit, requests: Sequence[Request], delays_us: Delays, cuts: Sequence[Cut]) -> int:
     """Tokens, rounded up."""
     regions = frozenset(range(len(delays_us)))
     asked_us = [[request.at_us for request in requests if request.region == region] for region in sorted(regions)]
@@ -72,12 +72,12 @@ def bound(limit: Limit, requests: Sequence[Request], delays_us: Delays, cuts: Se
     )
 
 
-def slot_refill(limit: Limit) -> int:
+def slot_refill(limit: TokenBucketLimit) -> int:
     """What a remote entry placed half a slot too early lets drain too much: tokens, rounded up."""
     return -(-(limit.tokens << limit.exponent) // (2 * limit.period_us))
 
 
-def _overshoot(limit: Limit, asked_us: Sequence[Sequence[int]], delays_us: Delays, group: Set[int]) -> int:
+def _overshoot(limit: TokenBucketLimit, asked_us: Sequence[Sequence[int]], delays_us: Delays, group: Set[int]) -> int:
     """Of regions that are connected."""
     return slot_refill(limit) + max(
         sum(_unheard(limit, asked_us[other], delays_us, other, region) for other in group if other != region)
@@ -85,7 +85,7 @@ def _overshoot(limit: Limit, asked_us: Sequence[Sequence[int]], delays_us: Delay
     )
 
 
-def _unheard(limit: Limit, asked_us: Sequence[int], delays_us: Delays, origin: int, target: int) -> int:
+def _unheard(limit: TokenBucketLimit, asked_us: Sequence[int], delays_us: Delays, origin: int, target: int) -> int:
     """The most that `origin` can have admitted and `target` not heard of."""
     span_us = _delivery_us(delays_us, origin, target)
     return min(_most_within(asked_us, span_us), _one_bucket(limit, span_us))
@@ -96,7 +96,9 @@ def _delivery_us(delays_us: Delays, origin: int, target: int) -> int:
     return FLUSH_US + delays_us[origin][target] + STEPS_US
 
 
-def _beyond(limit: Limit, asked_us: Sequence[Sequence[int]], delays_us: Delays, cut: Cut, side: Set[int]) -> int:
+def _beyond(
+    limit: TokenBucketLimit, asked_us: Sequence[Sequence[int]], delays_us: Delays, cut: Cut, side: Set[int]
+) -> int:
     """The most that one side of a cut can have admitted before the other side hears of it again."""
     round_trip_us = max(map(max, delays_us)) * 2
     # An attempt that has begun during the cut, a wait, the handshake, both Hellos, and the full state.
@@ -106,7 +108,7 @@ def _beyond(limit: Limit, asked_us: Sequence[Sequence[int]], delays_us: Delays, 
     return min(asked, _one_bucket(limit, span_us) + _overshoot(limit, asked_us, delays_us, side))
 
 
-def _one_bucket(limit: Limit, span_us: int) -> int:
+def _one_bucket(limit: TokenBucketLimit, span_us: int) -> int:
     """The most that one bucket admits within `span_us`, its events known by their slots."""
     return limit.capacity + (span_us + (1 << limit.exponent)) * limit.tokens // limit.period_us
 

@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 
 from benchmarks.admission.demand import SECOND_US
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 
 ADAPTED_PERCENT = 95
 WINDOW_US = 1 * SECOND_US
@@ -18,7 +18,7 @@ def within(times_us: Sequence[int], start_us: int, end_us: int) -> int:
     return bisect_left(times_us, end_us) - bisect_left(times_us, start_us)
 
 
-def adapted_us(limit: Limit, admitted_us: Sequence[int], shift_us: int, end_us: int) -> int | None:
+def adapted_us(limit: TokenBucketLimit, admitted_us: Sequence[int], shift_us: int, end_us: int) -> int | None:
     """How long after the shift the first `WINDOW_US` begins in which `ADAPTED_PERCENT` of its refill are admitted.
 
     Returns:
@@ -31,7 +31,7 @@ def adapted_us(limit: Limit, admitted_us: Sequence[int], shift_us: int, end_us: 
     return None
 
 
-def used_per_mille(limit: Limit, admitted_us: Sequence[int], start_us: int, end_us: int) -> int:
+def used_per_mille(limit: TokenBucketLimit, admitted_us: Sequence[int], start_us: int, end_us: int) -> int:
     """The admissions of a span as a part of its refill, rounded down."""
     return within(admitted_us, start_us, end_us) * limit.period_us * 1_000 // ((end_us - start_us) * limit.tokens)
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 from benchmarks.admission.demand import SECOND_US, Load, bursts, hot_spot, steady
 from benchmarks.admission.links import Cut, Topology, azure, uniform
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 
 MS = 1_000
 
-LIMIT = Limit(100, SECOND_US, 200)
-FEW = Limit(5, 60 * SECOND_US, 5)
+LIMIT = TokenBucketLimit(100, SECOND_US, 200)
+FEW = TokenBucketLimit(5, 60 * SECOND_US, 5)
 
 THREE = uniform(3, 80 * MS)
 THREE_REAL = azure("East US", "West Europe", "Southeast Asia")
@@ -30,7 +30,7 @@ class Scenario:
     loads: tuple[Load, ...]
     duration_us: int
     topology: Topology = THREE
-    limit: Limit = LIMIT
+    limit: TokenBucketLimit = LIMIT
     loss_per_mille: int = 0
     cuts: tuple[Cut, ...] = ()
     shifts_us: tuple[int, ...] = ()
@@ -40,7 +40,9 @@ class Scenario:
         return bool(self.loss_per_mille or self.cuts)
 
 
-def overload(name: str, title: str, limit: Limit, topology: Topology = THREE, *, loss_per_mille: int = 0) -> Scenario:
+def overload(
+    name: str, title: str, limit: TokenBucketLimit, topology: Topology = THREE, *, loss_per_mille: int = 0
+) -> Scenario:
     """Ten times the limit, the same in every region, for a minute."""
     regions = len(topology.regions)
     demand = 10 * limit.tokens * SECOND_US // limit.period_us
@@ -86,12 +88,12 @@ def scenarios() -> list[Scenario]:
         overload(
             "overload-slow",
             "Ten times the limit, even; 80 ms links; 10/s with a burst of 1,000",
-            Limit(10, SECOND_US, 1_000),
+            TokenBucketLimit(10, SECOND_US, 1_000),
         ),
         overload(
             "overload-fast",
             "Ten times the limit, even; 80 ms links; 500/s with a burst of 500",
-            Limit(500, SECOND_US, 500),
+            TokenBucketLimit(500, SECOND_US, 500),
         ),
         overload(
             "overload-lossy",

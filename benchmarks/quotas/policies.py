@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.limiter.assignment import SECOND_US, TOKEN, Assignment, assign, share_base_of
 from ratelimit_sidecar.limiter.quota_pool import Action, QuotaStream, Usage
 
@@ -31,7 +31,7 @@ class Doorman:
     sooner.
     """
 
-    def __init__(self, limit: Limit) -> None:
+    def __init__(self, limit: TokenBucketLimit) -> None:
         self._base = share_base_of(limit)
         self._leases: dict[QuotaStream, Lease] = {}
 
@@ -94,7 +94,7 @@ class Doorman:
 class WholeEach:
     """Every Envoy gets all of the limit."""
 
-    def __init__(self, limit: Limit) -> None:
+    def __init__(self, limit: TokenBucketLimit) -> None:
         base = share_base_of(limit)
         self._whole: Assignment = assign(base, base.rate)
         self._due: dict[QuotaStream, list[bytes]] = {}

@@ -10,13 +10,13 @@ from benchmarks.quotas.envoys import ADA, STEP_US, Server, World
 from benchmarks.quotas.policies import Doorman, WholeEach
 from benchmarks.quotas.scenarios import GONE, STEP_S, Scenario
 from ratelimit_sidecar.crdt.bucket import Origin
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.crdt.token_bucket import TokenBucket
 from ratelimit_sidecar.limiter.assignment import SECOND_US
 from ratelimit_sidecar.limiter.fair_shares import fair_level, grouped
 from ratelimit_sidecar.limiter.rules import Rule, RuleNode, Rules, Unit
 
-LIMIT: Final = Limit(300, SECOND_US, 300)
+LIMIT: Final = TokenBucketLimit(300, SECOND_US, 300)
 RULES: Final = Rules({"api": RuleNode(key_only={"agent": RuleNode(Rule("api.agent", LIMIT, 300, Unit.SECOND))})})
 RATE: Final = 300
 

@@ -15,8 +15,8 @@ import uvloop
 from benchmarks.serving.requests import METHOD
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 from ratelimit_sidecar.server.front_end import FrontEnd
+from ratelimit_sidecar.server.grpc_front_end import GrpcFrontEnd
 from ratelimit_sidecar.server.grpcio import GrpcioFrontEnd
-from ratelimit_sidecar.server.h2 import H2FrontEnd
 from ratelimit_sidecar.server.rpc import Metadata
 
 _LIMIT = RateLimitResponse.RateLimit(requests_per_unit=100_000_000, unit="MINUTE")
@@ -35,7 +35,7 @@ def echo(request: bytes, _metadata: Metadata) -> bytes:
 def front_end_at(kind: str, address: str) -> FrontEnd:
     if kind == "grpcio":
         return GrpcioFrontEnd({METHOD: echo}, [address])
-    return H2FrontEnd({METHOD: constant}, [address])
+    return GrpcFrontEnd({METHOD: constant}, [address])
 
 
 async def main(kind: str, address: str) -> None:

@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 from ratelimit_sidecar import app
 from ratelimit_sidecar.cli import main as sidecar_command
-from ratelimit_sidecar.server.h2 import H2FrontEnd
+from ratelimit_sidecar.server.grpc_front_end import GrpcFrontEnd
 from ratelimit_sidecar.server.rpc import Handlers, Metadata
 from ratelimit_sidecar.services.ratelimit import SERVICE_NAME
 from ratelimit_sidecar.telemetry.stalls import StallMonitor
@@ -31,7 +31,7 @@ async def _look_for_nothing(*_arguments: object) -> None:
     await asyncio.Event().wait()
 
 
-def _bare(handlers: Handlers, *arguments: Any, **options: Any) -> H2FrontEnd:
+def _bare(handlers: Handlers, *arguments: Any, **options: Any) -> GrpcFrontEnd:
     service: Any = handlers[_PATH].__self__  # type: ignore[union-attr]
     decide, now_us = service._limiter.decide, service._now_us
 
@@ -39,12 +39,12 @@ def _bare(handlers: Handlers, *arguments: Any, **options: Any) -> H2FrontEnd:
         response: bytes = decide(request, now_us())
         return response
 
-    return H2FrontEnd({**handlers, _PATH: should_rate_limit}, *arguments, **options)
+    return GrpcFrontEnd({**handlers, _PATH: should_rate_limit}, *arguments, **options)
 
 
 def main() -> None:
     with ExitStack() as changed:
-        changed.enter_context(patch.object(app, "H2FrontEnd", _bare))
+        changed.enter_context(patch.object(app, "GrpcFrontEnd", _bare))
         changed.enter_context(patch.object(app, "StallMonitor", _Idle))
         changed.enter_context(patch.object(app, "look_for_fullest", _look_for_nothing))
         sidecar_command()

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from ratelimit_sidecar.cli.table import table
-from ratelimit_sidecar.crdt.limit import AnyLimit, Limit, Window
+from ratelimit_sidecar.crdt.limit import AnyLimit, TokenBucketLimit, Window
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 from ratelimit_sidecar.limiter.explanation import (
     MAX_MISFITS,
@@ -188,7 +188,7 @@ def _limit_text(rule: Rule) -> str:
     per_unit = f"{rule.requests_per_unit:,} per {rule.unit.name.lower()}" if rule.unit is not None else ""
     if limit.capacity == 0:
         return f"{per_unit or 'nothing'}: denies everything"
-    if isinstance(limit, Limit):
+    if isinstance(limit, TokenBucketLimit):
         rate = per_unit or f"{_refill_per_second(limit):g} per second"
         every_s = limit.period_us / limit.tokens / _SECOND_US
         return f"token bucket: holds {limit.capacity:,}, refills at {rate} (one every {every_s:g} s)"
@@ -232,7 +232,7 @@ def _bucket_json(bucket_key: bytes, rule: Rule) -> dict[str, Any]:
     assert limit is not None
     return {
         "name": readable_bucket_name(bucket_key),
-        "algorithm": "token_bucket" if isinstance(limit, Limit) else limit.window.value,
+        "algorithm": "token_bucket" if isinstance(limit, TokenBucketLimit) else limit.window.value,
         "capacity": limit.capacity,
         "consistency": rule.consistency.value,
         **_speed_json(limit),
@@ -240,7 +240,7 @@ def _bucket_json(bucket_key: bytes, rule: Rule) -> dict[str, Any]:
 
 
 def _speed_json(limit: AnyLimit) -> dict[str, float]:
-    if isinstance(limit, Limit):
+    if isinstance(limit, TokenBucketLimit):
         return {"refill_per_second": _refill_per_second(limit)}
     return {"window_seconds": limit.period_us / _SECOND_US}
 
@@ -254,7 +254,7 @@ def _tally_json(tally: Tally) -> dict[str, Any]:
     }
 
 
-def _refill_per_second(limit: Limit) -> float:
+def _refill_per_second(limit: TokenBucketLimit) -> float:
     return limit.tokens * _SECOND_US / limit.period_us if limit.capacity else 0.0
 
 

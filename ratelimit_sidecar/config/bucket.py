@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from ratelimit_sidecar.config.structure import Expected, Section
-from ratelimit_sidecar.crdt.limit import DEFAULT_MAX_DEBT, MAX_CAPACITY, MAX_PERIOD_US, MAX_TOKENS, Limit
+from ratelimit_sidecar.crdt.limit import DEFAULT_MAX_DEBT, MAX_CAPACITY, MAX_PERIOD_US, MAX_TOKENS, TokenBucketLimit
 
 _SECOND_US = 1_000_000
 
@@ -25,7 +25,7 @@ def _to_decimal(value: object) -> object:
 def _check_rate(value: Decimal) -> Decimal:
     rate = _per_microsecond(value)
     if not 0 < rate.numerator <= MAX_TOKENS or rate.denominator > MAX_PERIOD_US:
-        raise ValueError("not a rate of Limit's")
+        raise ValueError("not a rate of a TokenBucketLimit")
     return value
 
 
@@ -37,7 +37,7 @@ RefillRate = Annotated[
     Decimal,
     BeforeValidator(_to_decimal),
     AfterValidator(_check_rate),
-    # Any number of that shape is in range; of the longer ones, those that still have an exact ratio within Limit's.
+    # Any number of that shape is in range; of the longer ones, those with an exact ratio within TokenBucketLimit's.
     Expected("a number above 0 with at most 12 digits, 9 of them after the point", quoting="plain"),
 ]
 
@@ -50,6 +50,8 @@ class BucketConfig(Section):
         alias="refillRate", description="Tokens added per second, exact in decimals: 0.1 is one token in ten seconds."
     )
 
-    def limit(self, max_debt: int = DEFAULT_MAX_DEBT) -> Limit:
+    def limit(self, max_debt: int = DEFAULT_MAX_DEBT) -> TokenBucketLimit:
         rate = _per_microsecond(self.refill_rate)
-        return Limit(tokens=rate.numerator, period_us=rate.denominator, capacity=self.capacity, max_debt=max_debt)
+        return TokenBucketLimit(
+            tokens=rate.numerator, period_us=rate.denominator, capacity=self.capacity, max_debt=max_debt
+        )

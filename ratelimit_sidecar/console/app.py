@@ -25,10 +25,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ratelimit_sidecar import __version__
 from ratelimit_sidecar.console.authority import Authority
+from ratelimit_sidecar.console.bounds import DEFAULT_BOUNDS
 from ratelimit_sidecar.console.browsers import BrowserGuard
 from ratelimit_sidecar.console.buckets import BucketDescription, BucketPager, describe_bucket
 from ratelimit_sidecar.console.decisions import json_endpoint
-from ratelimit_sidecar.console.limits import DEFAULT_LIMITS
 from ratelimit_sidecar.console.log_level import log_level_endpoint
 from ratelimit_sidecar.console.refunds import refund_endpoint
 from ratelimit_sidecar.console.rules import RulesText, comments, describe_rules
@@ -128,7 +128,7 @@ class _Console:
             (
                 "/json",
                 "POST",
-                json_endpoint(sources.should_rate_limit, HttpWaits(DEFAULT_LIMITS.requests // 2)),
+                json_endpoint(sources.should_rate_limit, HttpWaits(DEFAULT_BOUNDS.requests // 2)),
                 "a RateLimitRequest in JSON: 200 or 429 with the RateLimitResponse, 400 when it is none",
             ),
             (

@@ -138,7 +138,7 @@ def describe_bucket(bucket: Bucket, rules: Rules, now_us: int, *, shows_values: 
         "remaining": bucket.remaining,
         "debt": bucket.debt,
         "full_in_seconds": bucket.full_in_us / 1e6,
-        "replicated": bucket.journal is not None,
+        "replicated": bucket.is_replicated,
         "share": bucket.home / (TOKEN * max(1, bucket.limit.capacity)) if isinstance(bucket, StrictBucket) else None,
         "origins": len(bucket.taken),
         "slots": sum(map(len, bucket.taken.values())),

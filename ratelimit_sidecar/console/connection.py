@@ -1,7 +1,7 @@
 """One HTTP/1.1 connection: uvicorn's, with bounds on how long a slow client can hold it.
 
 uvicorn itself only bounds the time between two requests. Here a request has to arrive, and an answer to be read,
-within a time (`console.limits`). When too many of the console are open, one is closed: from the address with the most
+within a time (`console.bounds`). When too many of the console are open, one is closed: from the address with the most
 connections, the one that has waited longest for its client, or if none waits, one that is no probe. So slow or busy
 clients, however many, cannot keep probes out. (Those of proxies are in `console.proxies`.)
 
@@ -23,7 +23,7 @@ from uvicorn import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
-from ratelimit_sidecar.console.limits import HttpLimits
+from ratelimit_sidecar.console.bounds import HttpBounds
 from ratelimit_sidecar.console.requests import PROBES, SCRAPE
 
 PIECE_BYTES = 4_096
@@ -60,9 +60,9 @@ _numbers = count()
 class BoundedConnection(H11Protocol):
     """uvicorn's connection with these bounds on time."""
 
-    def __init__(self, config: Config, server_state: ServerState, limits: HttpLimits) -> None:
+    def __init__(self, config: Config, server_state: ServerState, bounds: HttpBounds) -> None:
         super().__init__(config, server_state, {})
-        self._limits = limits
+        self._bounds = bounds
         self._wait: _Wait | None = None
         """None while the application handles a request."""
         self._waits_since = 0.0
@@ -152,9 +152,9 @@ class BoundedConnection(H11Protocol):
             self._deadline.cancel()
             self._deadline = None
         if wait is _Wait.SEND_REQUEST:
-            self._deadline = self.loop.call_later(self._limits.request, self.abort)
+            self._deadline = self.loop.call_later(self._bounds.request, self.abort)
         elif wait is _Wait.TAKE_ANSWER:
-            self._deadline = self.loop.call_later(self._limits.answer, self.abort)
+            self._deadline = self.loop.call_later(self._bounds.answer, self.abort)
 
     def _waits_for(self) -> _Wait | None:
         if self.flow.write_paused:
@@ -169,13 +169,13 @@ class BoundedConnection(H11Protocol):
 class ConsoleConnection(BoundedConnection):
     """One of the console's, which may have to make room for a new one."""
 
-    def __init__(self, config: Config, server_state: ServerState, limits: HttpLimits) -> None:
-        super().__init__(config, server_state, limits)
+    def __init__(self, config: Config, server_state: ServerState, bounds: HttpBounds) -> None:
+        super().__init__(config, server_state, bounds)
         self._number = next(_numbers)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        if len(self.connections) > self._limits.connections:
+        if len(self.connections) > self._bounds.connections:
             self._make_room()
 
     def _make_room(self) -> None:
@@ -187,7 +187,7 @@ class ConsoleConnection(BoundedConnection):
 
     def _claim(self) -> _Claim:
         if self._wait is not None:
-            is_new = self.loop.time() - self._waits_since < self._limits.new
+            is_new = self.loop.time() - self._waits_since < self._bounds.new
             return _Claim.NEW if is_new else _Claim.SLOW
         return _Claim.PROBED if self.scope["path"] in {*PROBES, SCRAPE} else _Claim.UNANSWERED
 

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from ratelimit_sidecar.console.browsers import require_json
-from ratelimit_sidecar.crdt.waiting import Waiting
+from ratelimit_sidecar.crdt.waiting import PendingDecision
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
 from ratelimit_sidecar.server.deferred import HttpWaits
 from ratelimit_sidecar.server.rpc import Code, Headers, RpcError, UnaryHandler
@@ -41,7 +41,7 @@ def json_endpoint(should_rate_limit: UnaryHandler, waits: HttpWaits) -> Callable
             raise HTTPException(400, f"not a RateLimitRequest in JSON: {error}") from error
         try:
             answer = should_rate_limit(message.SerializeToString(), Headers(request.headers.raw))
-            raw = await waits.answer_of(answer, request.receive) if isinstance(answer, Waiting) else answer
+            raw = await waits.answer_of(answer, request.receive) if isinstance(answer, PendingDecision) else answer
         except RpcError as error:
             raise HTTPException(_ERROR_STATUS.get(error.code, 500), error.message) from error
         # There is no answer if the client has gone.

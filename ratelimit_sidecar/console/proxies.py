@@ -19,8 +19,8 @@ from typing import Final
 from uvicorn import Config
 from uvicorn.server import ServerState
 
+from ratelimit_sidecar.console.bounds import HttpBounds
 from ratelimit_sidecar.console.connection import PIECE_BYTES, BoundedConnection
-from ratelimit_sidecar.console.limits import HttpLimits
 from ratelimit_sidecar.server.budget import AddressBudget, ConnectionLimiter
 from ratelimit_sidecar.server.grpc_protocol import LARGE_READ_NS, READ_NS
 from ratelimit_sidecar.server.turns import StepQueue, Turns
@@ -94,9 +94,9 @@ class ProxyConnection(BoundedConnection):
     """
 
     def __init__(
-        self, places: ProxyPlaces, budget: AddressBudget, config: Config, server_state: ServerState, limits: HttpLimits
+        self, places: ProxyPlaces, budget: AddressBudget, config: Config, server_state: ServerState, bounds: HttpBounds
     ) -> None:
-        super().__init__(config, server_state, limits)
+        super().__init__(config, server_state, bounds)
         self.budget = budget
         self._places = places
         self._turns = places.turns

@@ -74,7 +74,7 @@ def _described(refunded: Refunded) -> dict[str, object]:
         "rule": refunded.rule.name,
         "bucket": readable_bucket_name(refunded.bucket.key),
         "capacity": refunded.bucket.limit.capacity,
-        "replicated": refunded.bucket.journal is not None,
+        "replicated": refunded.bucket.is_replicated,
         "before": asdict(refunded.before),
         "given": refunded.given,
         "after": asdict(refunded.after),

@@ -15,7 +15,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ratelimit_sidecar.console.limits import DEFAULT_LIMITS, HttpLimits
+from ratelimit_sidecar.console.bounds import DEFAULT_BOUNDS, HttpBounds
 
 PROBES = frozenset({"/healthz", "/readyz", "/healthcheck"})
 """Paths that are answered at once, from memory."""
@@ -35,11 +35,11 @@ class BoundedRequests:
         keeps_bodies: False if the application needs none; it gets an empty one.
     """
 
-    def __init__(self, app: ASGIApp, *, limits: HttpLimits = DEFAULT_LIMITS, keeps_bodies: bool = True) -> None:
+    def __init__(self, app: ASGIApp, *, bounds: HttpBounds = DEFAULT_BOUNDS, keeps_bodies: bool = True) -> None:
         self._app = app
-        self._limits = limits
+        self._bounds = bounds
         self._keeps_bodies = keeps_bodies
-        self._places = asyncio.Semaphore(limits.requests)
+        self._places = asyncio.Semaphore(bounds.requests)
         self._scraping: list[str] = []
         """The addresses of current scrapes."""
         self._one_begins = asyncio.Lock()
@@ -70,14 +70,14 @@ class BoundedRequests:
 
     async def _scrape(self, scope: Scope, receive: Receive, send: Send) -> None:
         address = (scope["client"] or ("",))[0]
-        limits = self._limits
-        if len(self._scraping) >= limits.scrapes or self._scraping.count(address) >= limits.scrapes_of_address:
+        bounds = self._bounds
+        if len(self._scraping) >= bounds.scrapes or self._scraping.count(address) >= bounds.scrapes_of_address:
             await _TOO_MANY_SCRAPES(scope, receive, send)
             return
         self._scraping.append(address)
         try:
             # When the answer ends early, uvicorn closes the connection.
-            async with asyncio.timeout(limits.scrape):
+            async with asyncio.timeout(bounds.scrape):
                 await self._app(scope, receive, send)
         except TimeoutError:
             pass
@@ -86,7 +86,7 @@ class BoundedRequests:
 
     async def _work(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            async with asyncio.timeout(self._limits.place):
+            async with asyncio.timeout(self._bounds.place):
                 await self._places.acquire()
         except TimeoutError:
             await _TOO_MANY(scope, receive, send)

@@ -16,8 +16,8 @@ import anyio
 from starlette.types import ASGIApp
 from uvicorn import Config, Server
 
+from ratelimit_sidecar.console.bounds import DEFAULT_BOUNDS, HttpBounds
 from ratelimit_sidecar.console.connection import BoundedConnection, ConsoleConnection
-from ratelimit_sidecar.console.limits import DEFAULT_LIMITS, HttpLimits
 from ratelimit_sidecar.console.proxies import ProxyConnection, ProxyPlaces
 from ratelimit_sidecar.console.requests import BoundedRequests
 from ratelimit_sidecar.server.accepting import connections_of
@@ -48,12 +48,12 @@ class HttpServer:
         address: str,
         *,
         proxies: ProxyPlaces | None = None,
-        limits: HttpLimits = DEFAULT_LIMITS,
+        bounds: HttpBounds = DEFAULT_BOUNDS,
     ) -> None:
         self.ready = asyncio.Event()
         """Set while requests are answered."""
-        self._configuration = _configuration(BoundedRequests(app, limits=limits, keeps_bodies=proxies is None), limits)
-        self._limits = limits
+        self._configuration = _configuration(BoundedRequests(app, bounds=bounds, keeps_bodies=proxies is None), bounds)
+        self._bounds = bounds
         self._proxies = proxies
         self._configured = address
         self._listeners: list[Listener] = []
@@ -140,12 +140,12 @@ class HttpServer:
         """The protocol of a new connection; None if there is no place for it."""
         proxies, state = self._proxies, server.server_state
         if proxies is None:
-            return ConsoleConnection(server.config, state, self._limits)
+            return ConsoleConnection(server.config, state, self._bounds)
         budget = proxies.enter(address)
-        return None if budget is None else ProxyConnection(proxies, budget, server.config, state, self._limits)
+        return None if budget is None else ProxyConnection(proxies, budget, server.config, state, self._bounds)
 
     async def _drain(self, server: Server) -> None:
-        late = asyncio.get_running_loop().call_later(self._limits.drain, _abort_connections, server)
+        late = asyncio.get_running_loop().call_later(self._bounds.drain, _abort_connections, server)
         try:
             for count, connection in enumerate(list(server.server_state.connections)):
                 # uvicorn does the same of all in one turn.
@@ -165,7 +165,7 @@ class HttpServer:
             listener.close()
 
 
-def _configuration(app: ASGIApp, limits: HttpLimits) -> Config:
+def _configuration(app: ASGIApp, bounds: HttpBounds) -> Config:
     return Config(
         app,
         interface="asgi3",
@@ -181,8 +181,8 @@ def _configuration(app: ASGIApp, limits: HttpLimits) -> Config:
         log_level=logging.ERROR,
         access_log=False,
         h11_max_incomplete_event_size=MAX_HEAD_BYTES,
-        timeout_keep_alive=limits.idle,
-        timeout_graceful_shutdown=limits.drain + limits.cancel,  # type: ignore[arg-type]  # it may be a fraction
+        timeout_keep_alive=bounds.idle,
+        timeout_graceful_shutdown=bounds.drain + bounds.cancel,  # type: ignore[arg-type]  # it may be a fraction
     )
 
 

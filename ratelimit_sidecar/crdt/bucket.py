@@ -154,6 +154,11 @@ class Bucket(ABC):
         """Own slots written since `drain_changed_slots`."""
 
     @property
+    def is_replicated(self) -> bool:
+        """True if its entries are sent to peers, and those of peers joined: not in strict and in local buckets."""
+        return self.journal is not None
+
+    @property
     @abstractmethod
     def limit(self) -> AnyLimit:
         """The limit that it enforces; see `set_limit`."""
@@ -260,7 +265,8 @@ class Bucket(ABC):
         """Drop slots that are past the horizon; a token bucket folds them into its base."""
 
     def shorten(self, _now_us: int, _shift: int) -> None:
-        """Seal what is older than a shorter horizon (see `Limit.boundary_us`), if that is worth it. Windows cannot."""
+        """Seal what is older than a shorter horizon (see `TokenBucketLimit.boundary_us`), if that is worth it. Windows
+        cannot."""
         return
 
     @abstractmethod
@@ -360,7 +366,7 @@ class Bucket(ABC):
         return tokens_of
 
     def _together(self, _slot: int, tokens: int, others: int) -> int:
-        """What some origins took or gave back in a slot, and others did, together."""
+        """Combine two counts of one slot: their sum; the maximum for a window's refund marks."""
         return tokens + others
 
     def _tokens_received(self) -> dict[int, int]:
@@ -455,7 +461,8 @@ class Bucket(ABC):
             self._own_slot_unsent = True
 
     def _tell_early(self, limit: AnyLimit, before: int, after: int) -> None:
-        """Have peers told soon if a take has made the bucket nearly used up, or was one of many.
+        """Have peers told soon if a take has made the bucket nearly used up, or crossed a further 1/16 to 1/8 of the
+        limit.
 
         Args:
             before, after: what counted against the limit, in the unit of its `ceiling`.
@@ -463,6 +470,7 @@ class Bucket(ABC):
         if self.journal is not None:
             if before < limit.urgent_from <= after:
                 self.journal.mark_urgent(self)
+            # Bits from `step_bits` up differ: there is a multiple of 2**step_bits between the two.
             elif after <= limit.ceiling and (before ^ after) >> limit.step_bits:
                 self.journal.urgent.add(self)
 

@@ -26,14 +26,14 @@ MOST_PACE_US: Final = 1_000_000
 """An account that had too little is asked again when 1/64 of the limit has refilled, or after this."""
 
 
-def draw_needs(bucket: GrantedBucket, now_us: int) -> Needs | None:
+def draw_needs(bucket: GrantedBucket, strict_us: int) -> Needs | None:
     """What the bucket needs of its account; None when there is no need to call. The caller has advanced the bucket."""
     target = -(-bucket.demand * DRAW_AHEAD_US // (1_000_000 * TOKEN))
-    if now_us - bucket.denied_us < SHORTAGE_US:
+    if strict_us - bucket.denied_us < SHORTAGE_US:
         target = max(target, bucket.short_of)
     else:
         bucket.short_of = 0
-    if now_us - bucket.used_us < STANDING_US:
+    if strict_us - bucket.used_us < STANDING_US:
         target = max(target, -(-bucket.left >> STANDING_SHIFT))
     limit = bucket.limit
     target = min(target, limit.capacity)
@@ -41,9 +41,9 @@ def draw_needs(bucket: GrantedBucket, now_us: int) -> Needs | None:
     wanted = max(0, target - held)
     if wanted:
         pace_us = min(MOST_PACE_US, (limit.ceiling // limit.tokens) >> PACE_SHIFT)
-        if wanted <= target >> 2 or now_us - bucket.paced_us < pace_us:
+        if wanted <= target >> 2 or strict_us - bucket.paced_us < pace_us:
             wanted = 0
-    is_ending = bucket.granted > 0 and bucket.expires_us - now_us < GRANT_US // 2
+    is_ending = bucket.granted > 0 and bucket.expires_us - strict_us < GRANT_US // 2
     if not wanted and held <= 2 * target and not is_ending:
         return None
     return Needs(wanted, 2 * target)

@@ -22,7 +22,7 @@ from typing import Final, NamedTuple
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
-from ratelimit_sidecar.crdt.limit import AnyLimit, Limit
+from ratelimit_sidecar.crdt.limit import AnyLimit, TokenBucketLimit
 from ratelimit_sidecar.crdt.payment_policy import Ticket
 from ratelimit_sidecar.crdt.store import StoreFull
 from ratelimit_sidecar.crdt.strict import NEVER_US, StrictBucket
@@ -42,13 +42,13 @@ class Needs(NamedTuple):
 
     Args:
         wanted: to be drawn, beside what is held.
-        most: tokens held beyond this many go back.
+        max_held: tokens held beyond this many go back.
         room: to be granted for what other regions may pay.
         spared: the part of the account's room that is left for its refill; at most a quarter of the room.
     """
 
     wanted: int
-    most: int
+    max_held: int
     room: int = 0
     spared: int = 0
 
@@ -98,18 +98,24 @@ class GrantedBucket(StrictBucket):
     __slots__ = ("expires_us", "generation", "granted", "left", "lineage", "paced_us", "short_of", "used_us")
 
     def __init__(
-        self, key: bytes, limit: Limit, origin: Origin, now_us: int, *, active: deque[StrictBucket] | None = None
+        self,
+        key: bytes,
+        limit: TokenBucketLimit,
+        origin: Origin,
+        strict_us: int,
+        *,
+        active: deque[StrictBucket] | None = None,
     ) -> None:
         self.granted = 0
         """What may be held here at most, in tokens."""
-        self.expires_us = now_us
-        super().__init__(key, limit, origin, now_us, home=0, from_us=now_us, active=active)
+        self.expires_us = strict_us
+        super().__init__(key, limit, origin, strict_us, home=0, from_us=strict_us, active=active)
         self.generation = -1
         self.lineage = b""
         """The lineage of the account that granted it. An account with another lineage knows nothing of the grant."""
         self.left = 0
         """What the account had left, when it answered last."""
-        self.used_us = now_us
+        self.used_us = strict_us
         self.paced_us = NEVER_US
         """When there was less to be drawn than was wanted."""
         self.short_of = 0
@@ -120,8 +126,8 @@ class GrantedBucket(StrictBucket):
         """Whole tokens that are here; below 0 what is owed."""
         return self.level // (self._limit.period_us << 32)
 
-    def advance(self, now_us: int) -> None:
-        super().advance(now_us)
+    def advance(self, strict_us: int) -> None:
+        super().advance(strict_us)
         if self.granted and self.at_us >= self.expires_us:
             self._set_grant(0)
             self.level = min(self.level, 0)
@@ -138,14 +144,14 @@ class GrantedBucket(StrictBucket):
         """The hits, or 0 if a request for so many is never admitted: drawing for it would take tokens from others."""
         return hits if hits <= self._limit.capacity else 0
 
-    def take(self, hits: int, now_us: int, *, always: bool = False) -> bool:
-        admitted = super().take(hits, now_us, always=always)
+    def take(self, hits: int, strict_us: int, *, always: bool = False) -> bool:
+        admitted = super().take(hits, strict_us, always=always)
         if not admitted:
             self.short_of = max(self.short_of, self._admissible(hits))
         return admitted
 
-    def would_admit(self, hits: int, now_us: int) -> bool:
-        is_admitted = super().would_admit(hits, now_us)
+    def would_admit(self, hits: int, strict_us: int) -> bool:
+        is_admitted = super().would_admit(hits, strict_us)
         if not is_admitted:
             self.short_of = max(self.short_of, self._admissible(hits))
         return is_admitted
@@ -170,7 +176,7 @@ class GrantedBucket(StrictBucket):
         token = self._limit.period_us << 32
         is_known = self.generation >= 0
         ends = self.granted if is_known else 0
-        back = max(0, self.held - needs.most) if is_known else 0
+        back = max(0, self.held - needs.max_held) if is_known else 0
         self.level -= back * token
         kept = min(self.granted, -(-(max(0, self.level) + self.room_reserved) // token))
         request = DrawRequest(self.generation, ends, kept, back, needs.wanted, needs.room, needs.spared)
@@ -206,8 +212,8 @@ class GrantedBucket(StrictBucket):
         self.granted = tokens
         self.ceiling = tokens * self._limit.period_us << 32
 
-    def set_limit(self, limit: AnyLimit, now_us: int) -> None:
-        super().set_limit(limit, now_us)
+    def set_limit(self, limit: AnyLimit, strict_us: int) -> None:
+        super().set_limit(limit, strict_us)
         self.home_version = -1
         self._set_grant(self.granted)
 
@@ -215,36 +221,36 @@ class GrantedBucket(StrictBucket):
 class GrantLedger(Ledger):
     """All strict buckets of a sidecar in a region with accounts. Its shares are the region's; see `Ledger`."""
 
-    def bucket(self, key: bytes, limit: Limit, now_us: int) -> StrictBucket:
+    def bucket(self, key: bytes, limit: TokenBucketLimit, strict_us: int) -> StrictBucket:
         policy = self._all.get(key)
         if policy is None:
-            return self._make(key, limit, now_us)
+            return self._make(key, limit, strict_us)
         bucket = policy.bucket
         if bucket.limit is not limit and bucket.limit != limit:
-            bucket.set_limit(limit, now_us)
+            bucket.set_limit(limit, strict_us)
         return bucket
 
-    def _make(self, key: bytes, limit: Limit, now_us: int) -> StrictBucket:
+    def _make(self, key: bytes, limit: TokenBucketLimit, strict_us: int) -> StrictBucket:
         if not self.room.take(key):
             raise StoreFull
-        bucket = self._new_bucket(key, limit, now_us)
+        bucket = self._new_bucket(key, limit, strict_us)
         self._add(key, bucket)
         return bucket
 
-    def _new_bucket(self, key: bytes, limit: Limit, now_us: int) -> GrantedBucket:
-        return GrantedBucket(key, limit, self._origin, now_us, active=self._active)
+    def _new_bucket(self, key: bytes, limit: TokenBucketLimit, strict_us: int) -> GrantedBucket:
+        return GrantedBucket(key, limit, self._origin, strict_us, active=self._active)
 
-    def set_aside(self, _number: int, _peer: str, _key: bytes, _tokens: int, _now_us: int) -> Ticket:
+    def set_aside(self, _number: int, _peer: str, _key: bytes, _tokens: int, _strict_us: int) -> Ticket:
         """Nothing: the account may count a grant no longer than a ticket of it is good."""
         return Ticket(0, 0)
 
-    def next_active(self, now_us: int) -> GrantedBucket | None:
+    def next_active(self, strict_us: int) -> GrantedBucket | None:
         """The bucket whose turn it is; it has another turn after all others. None if no request used it lately and it
         holds nothing: then it has no other. Only to be called while there are `active` ones.
         """
         bucket = self._active.popleft()
         assert isinstance(bucket, GrantedBucket)
-        bucket.advance(now_us)
+        bucket.advance(strict_us)
         if bucket.granted or bucket.demand or bucket.level < 0:
             self._active.append(bucket)
             return bucket

@@ -34,12 +34,12 @@ class Homes:
         """The instant of the last change; None before the home begins."""
         return self._changes[-1][0] if self._changes else None
 
-    def look(self, now_us: int) -> None:
+    def look(self, strict_us: int) -> None:
         """Note whether other memberships are in force now."""
-        changes, in_force = self._changes, self._shares.in_force(now_us)
+        changes, in_force = self._changes, self._shares.in_force(strict_us)
         if in_force == (changes[-1][1] if changes else []):
             return
-        changes.append((now_us if changes else self._shares.from_us, in_force))
+        changes.append((strict_us if changes else self._shares.from_us, in_force))
         self.version += 1
         if len(changes) > MAX_CHANGES:
             first_us, weights = changes.pop(0)

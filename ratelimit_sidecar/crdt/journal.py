@@ -1,6 +1,4 @@
-"""State that all buckets of one store share: which buckets have entries that were not sent yet, who the peers are, how
-often a part of a peer's data was refused, and how often a bucket was left out of what is sent.
-"""
+"""State that all replicated buckets of one store share, the `Journal`, and its queue of urgent buckets."""
 
 from __future__ import annotations
 
@@ -88,7 +86,13 @@ def is_nearly_used_up(bucket: Bucket) -> bool:
 
 
 class Journal:
-    """Collects the buckets with entries that were not sent yet; each flush empties it (`Store.drain_changes`)."""
+    """All that the replicated buckets of one store share. Each refers to it; a bucket without one is not replicated.
+
+    - The buckets with entries that were not sent yet, and those to be sent early. Each flush empties it
+      (`Store.drain_changes`).
+    - What buckets must know of the node: its peers, its new origin after the clock was set back, whether it restores.
+    - What they report: parts of peers' data that were refused, and buckets left out of what is sent.
+    """
 
     __slots__ = (
         "buckets",

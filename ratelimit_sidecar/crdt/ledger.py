@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.homes import Homes
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.crdt.payment_policy import Ask, Pay, PaymentPolicy, Ticket
 from ratelimit_sidecar.crdt.room import Room
 from ratelimit_sidecar.crdt.shares import TOKEN, Shares
@@ -21,7 +21,7 @@ from ratelimit_sidecar.crdt.store import DEFAULT_MAX_BUCKETS, LimitOfKey, StoreF
 from ratelimit_sidecar.crdt.strict import HOLD_US, StrictBucket
 from ratelimit_sidecar.crdt.untracked_dict import UntrackedDict
 from ratelimit_sidecar.crdt.wait_queues import WaitQueues
-from ratelimit_sidecar.crdt.waiting import SERVED_AT_ONCE, Waiting, Wish
+from ratelimit_sidecar.crdt.waiting import SERVED_AT_ONCE, PendingDecision, Wish
 from ratelimit_sidecar.cycle_collector import young_objects
 
 FEW_TOKENS: Final = 8 * TOKEN
@@ -87,27 +87,27 @@ class Ledger:
             for policy in list(shard.values()):
                 yield policy.bucket
 
-    def bucket(self, key: bytes, limit: Limit, now_us: int) -> StrictBucket:
+    def bucket(self, key: bytes, limit: TokenBucketLimit, strict_us: int) -> StrictBucket:
         """The bucket of `key`, enforcing `limit` from now on; O(1) unless the limit or the home changed.
 
         Args:
-            now_us: see `crdt.strict` for the clock.
+            strict_us: see `crdt.strict` for this clock.
 
         Raises:
             StoreFull: there is no bucket, and no room for a new one.
         """
         policy = self._all.get(key)
         if policy is None:
-            bucket = self._make(key, limit, now_us)
+            bucket = self._make(key, limit, strict_us)
             if self._kept:
                 self._restore(bucket)
             return bucket
         bucket = policy.bucket
         if bucket.limit is not limit and bucket.limit != limit:
-            bucket.set_limit(limit, now_us)
-            bucket.set_home(self.shares.home(key, limit.capacity, now_us), now_us)
+            bucket.set_limit(limit, strict_us)
+            bucket.set_home(self.shares.home(key, limit.capacity, strict_us), strict_us)
         elif bucket.home_version != self._homes.version:
-            bucket.advance(now_us)
+            bucket.advance(strict_us)
         if self._kept:
             self._restore(bucket)
         return bucket
@@ -135,17 +135,17 @@ class Ledger:
         self._kept = dict(kept)
         self._kept_order = deque(kept)
 
-    def _restore_some(self, now_us: int, most: int) -> None:
+    def _restore_some(self, strict_us: int, max_buckets: int) -> None:
         """Make some of the purses that nobody has used yet, so that they fill up and are dropped like all others."""
-        self._homes.look(now_us)
-        for _ in range(min(most, len(self._kept_order))):
+        self._homes.look(strict_us)
+        for _ in range(min(max_buckets, len(self._kept_order))):
             key = self._kept_order.popleft()
             if key not in self._kept:
                 continue
             limit = self.limit_of_key(key)
-            if isinstance(limit, Limit):
+            if isinstance(limit, TokenBucketLimit):
                 with suppress(StoreFull):
-                    self.bucket(key, limit, now_us)
+                    self.bucket(key, limit, strict_us)
                 # No home, no purse.
                 self._kept.pop(key, None)
             else:
@@ -156,7 +156,7 @@ class Ledger:
         if bucket.ceiling and bucket.key in self._kept:
             bucket.restore(self._kept.pop(bucket.key))
 
-    def withhold(self, key: bytes, limit: Limit, amount: int, now_us: int) -> int:
+    def withhold(self, key: bytes, limit: TokenBucketLimit, amount: int, strict_us: int) -> int:
         """Set how much of the home the bucket must not use, because Envoys have token buckets with this amount.
 
         More is withheld only if the bucket has as many tokens, which it gives up. So the sum of homes and tokens stays
@@ -168,33 +168,36 @@ class Ledger:
         Raises:
             StoreFull: there is no bucket, and no room for one.
         """
-        bucket = self.bucket(key, limit, now_us)
-        bucket.advance(now_us)
+        bucket = self.bucket(key, limit, strict_us)
+        bucket.advance(strict_us)
         bucket.withhold(amount)
-        bucket.set_home(self.shares.home(key, limit.capacity, now_us), now_us)
+        bucket.set_home(self.shares.home(key, limit.capacity, strict_us), strict_us)
         return bucket.withheld
 
-    def tick(self, streams: Mapping[str, int], now_us: int, most: int, longest_key: int) -> dict[str, dict[bytes, Ask]]:
-        """Look at the next `most` active buckets.
+    def tick(
+        self, streams: Mapping[str, int], strict_us: int, max_buckets: int, longest_key: int
+    ) -> dict[str, dict[bytes, Ask]]:
+        """Look at up to `max_buckets` active buckets.
 
         Args:
             streams: by peer that can be asked, the number of the stream to it.
             longest_key: the longest key that an ask can have.
 
         Returns:
-            The asks to send, by peer and key. Room is reserved for each: call `paid` or `closed` for it later.
+            The asks to send, by peer and key. Room is reserved for each: call `receive_payment` or `closed` for it
+            later.
         """
-        self._homes.look(now_us)
-        self._release_old_tickets(now_us)
+        self._homes.look(strict_us)
+        self._release_old_tickets(strict_us)
         weights = self.shares.membership.weights
         members = {peer: stream for peer, stream in streams.items() if weights.get(peer)}
         asks: dict[str, dict[bytes, Ask]] = {}
-        for _ in range(min(most, len(self._active))):
+        for _ in range(min(max_buckets, len(self._active))):
             bucket = self._active.popleft()
             askable = members if len(bucket.key) <= longest_key else {}
             if bucket.home < FEW_TOKENS and bucket.key in self.queues.by_key:
                 askable = {}
-            for peer, ask in self._all[bucket.key].asks(askable, now_us).items():
+            for peer, ask in self._all[bucket.key].asks(askable, strict_us).items():
                 asks.setdefault(peer, {})[bucket.key] = ask
             if bucket.demand or bucket.reserved:
                 self._active.append(bucket)
@@ -202,7 +205,7 @@ class Ledger:
                 bucket.is_active = False
         return asks
 
-    def answer(self, peer: str, key: bytes, ask: Ask, now_us: int) -> Pay | None:
+    def answer(self, peer: str, key: bytes, ask: Ask, strict_us: int) -> Pay | None:
         """Answer a peer's ask: the payment to send.
 
         Returns:
@@ -212,39 +215,39 @@ class Ledger:
             ValueError: not a bucket key.
         """
         limit = self.limit_of_key(key)
-        if not isinstance(limit, Limit):
+        if not isinstance(limit, TokenBucketLimit):
             return None
         try:
-            self.bucket(key, limit, now_us)
+            self.bucket(key, limit, strict_us)
         except StoreFull:
             return None
-        return self._all[key].answer(peer, ask, now_us)
+        return self._all[key].answer(peer, ask, strict_us)
 
-    def paid(self, peer: str, stream_number: int, key: bytes, pay: Pay, now_us: int) -> bool:
+    def receive_payment(self, peer: str, stream_number: int, key: bytes, pay: Pay, strict_us: int) -> bool:
         """Add a peer's payment for the ask for `key` that is open on that stream.
 
         Returns:
             False if the peer claims to pay more than it can have. Then only what it can have was added.
         """
         policy = self._all[key]
-        most = self.shares.most(peer, key, policy.bucket.limit.capacity)
-        is_right = policy.paid(peer, stream_number, pay, most, now_us)
+        max_home = self.shares.max_home(peer, key, policy.bucket.limit.capacity)
+        is_right = policy.receive_payment(peer, stream_number, pay, max_home, strict_us)
         queue = self.queues.by_key.get(key)
         if queue is not None:
-            queue.serve(now_us, SERVED_AT_ONCE)
+            queue.serve(strict_us, SERVED_AT_ONCE)
         return is_right
 
-    def wait(self, key: bytes, waiting: Waiting, now_us: int) -> bool:
+    def wait(self, key: bytes, waiting: PendingDecision, strict_us: int) -> bool:
         """Let a request wait for tokens of the bucket with that key; see `WaitQueues.join`."""
-        return self.queues.join(self._all[key], waiting, now_us)
+        return self.queues.join(self._all[key], waiting, strict_us)
 
-    def accept(self, number: int, wish: Wish, ticket: Ticket, now_us: int) -> int:
+    def accept(self, number: int, wish: Wish, ticket: Ticket, strict_us: int) -> int:
         """Take the ticket that a peer has sent for a wish; see `WaitQueue.accept`."""
         queue = self.queues.by_key[wish.key]
-        most = self.shares.most(wish.peer, wish.key, queue.policy.bucket.limit.capacity)
-        return queue.accept(number, wish, ticket, most, now_us)
+        max_home = self.shares.max_home(wish.peer, wish.key, queue.policy.bucket.limit.capacity)
+        return queue.accept(number, wish, ticket, max_home, strict_us)
 
-    def set_aside(self, number: int, peer: str, key: bytes, tokens: int, now_us: int) -> Ticket | None:
+    def set_aside(self, number: int, peer: str, key: bytes, tokens: int, strict_us: int) -> Ticket | None:
         """Answer a peer's wish: the ticket to send. Call `release` when the peer is done with it.
 
         Args:
@@ -257,69 +260,69 @@ class Ledger:
             ValueError: not a bucket key.
         """
         limit = self.limit_of_key(key)
-        if not isinstance(limit, Limit) or len(self._tickets) >= MAX_TICKETS:
+        if not isinstance(limit, TokenBucketLimit) or len(self._tickets) >= MAX_TICKETS:
             return None
         try:
-            self.bucket(key, limit, now_us)
+            self.bucket(key, limit, strict_us)
         except StoreFull:
             return None
         queue = self.queues.by_key.get(key)
         if queue is not None and len(queue):
             return Ticket(0, 0)
-        ticket = self._all[key].ticket(number, tokens, now_us)
+        ticket = self._all[key].ticket(number, tokens, strict_us)
         if ticket.tokens:
-            self._tickets[number] = _IssuedTicket(key, peer, now_us + HOLD_US)
+            self._tickets[number] = _IssuedTicket(key, peer, strict_us + HOLD_US)
         return ticket
 
-    def release(self, number: int, returned: int, now_us: int) -> None:
+    def release(self, number: int, returned: int, strict_us: int) -> None:
         """Free a ticket that a peer is done with; nothing happens if it has expired. See `StrictBucket.release`."""
         held = self._tickets.pop(number, None)
         if held is not None:
-            self._all[held.key].bucket.release(number, held.peer, returned, now_us)
+            self._all[held.key].bucket.release(number, held.peer, returned, strict_us)
 
-    def _release_old_tickets(self, now_us: int) -> None:
+    def _release_old_tickets(self, strict_us: int) -> None:
         for _ in range(SERVED_AT_ONCE):
             number, held = next(iter(self._tickets.items()), (0, None))
-            if held is None or now_us < held.until_us:
+            if held is None or strict_us < held.until_us:
                 return
-            self.release(number, 0, now_us)
+            self.release(number, 0, strict_us)
 
-    def closed(self, stream_number: int, keys: Iterable[bytes], now_us: int) -> None:
+    def closed(self, stream_number: int, keys: Iterable[bytes], strict_us: int) -> None:
         """Free the room of the asks for `keys` that were open on a stream, which is closed."""
         for key in keys:
-            self._all[key].bucket.closed(stream_number, now_us)
+            self._all[key].bucket.closed(stream_number, strict_us)
 
-    def sweep(self, now_us: int, most: int) -> int:
-        """Look at the next `most` buckets and drop those that are full and have no open asks.
+    def sweep(self, strict_us: int, max_buckets: int) -> int:
+        """Look at the next `max_buckets` and drop those that are full and have no open asks.
 
         Returns:
             How many it has looked at.
         """
-        if self._kept and now_us >= self.shares.from_us:
-            self._restore_some(now_us, most)
-        count = min(most, len(self._sweep_order))
+        if self._kept and strict_us >= self.shares.from_us:
+            self._restore_some(strict_us, max_buckets)
+        count = min(max_buckets, len(self._sweep_order))
         for _ in range(count):
             policy = self._sweep_order.popleft()
             bucket = policy.bucket
-            if not bucket.is_active and bucket.key not in self.queues.by_key and bucket.is_idle(now_us):
+            if not bucket.is_active and bucket.key not in self.queues.by_key and bucket.is_idle(strict_us):
                 del self._all[bucket.key]
                 self.room.give_back(bucket.key)
             else:
                 self._sweep_order.append(policy)
         return count
 
-    def _make(self, key: bytes, limit: Limit, now_us: int) -> StrictBucket:
+    def _make(self, key: bytes, limit: TokenBucketLimit, strict_us: int) -> StrictBucket:
         if not self.room.take(key):
             raise StoreFull
-        self._homes.look(now_us)
-        home, from_us = self.shares.home(key, limit.capacity, now_us), self._homes.since_us
+        self._homes.look(strict_us)
+        home, from_us = self.shares.home(key, limit.capacity, strict_us), self._homes.since_us
         bucket = StrictBucket(
             key,
             limit,
             self._origin,
-            now_us,
+            strict_us,
             home=home,
-            from_us=now_us if from_us is None else from_us,
+            from_us=strict_us if from_us is None else from_us,
             active=self._active,
             homes=self._homes,
         )

@@ -24,8 +24,8 @@ SLOTS_PER_REFILL: Final = 32
 """A bucket that refills in 4 s or more does so in 32 to 64 slots: the error of a slot's middle is 1/64 capacity."""
 
 MAX_REFILLS_PER_SLOT: Final = 2
-"""What was taken in a slot counts at one instant. Where that is many times the capacity, a bucket that was never
-overdrawn seems to be, and more is denied than ought to be: up to twice it hardly matters (docs/algorithm.md).
+"""A slot's takes count at one instant. Slots that span more than two refills would show debt that never was, and more
+would be denied than ought to be.
 """
 
 URGENT_SHARE: Final = 8
@@ -64,7 +64,7 @@ MAX_MAX_DEBT: Final = 1_024
 
 
 @dataclass(frozen=True, slots=True)
-class Limit:
+class TokenBucketLimit:
     """`tokens` per `period_us` microseconds, at most `capacity` at once.
 
     Args:
@@ -175,7 +175,7 @@ class WindowLimit:
     urgent_from: int = field(init=False, compare=False)
     """At this count or more the window is nearly used up."""
     step_bits: int = field(init=False, compare=False)
-    """As `Limit.step_bits`, of the count."""
+    """As `TokenBucketLimit.step_bits`, of the count."""
 
     @property
     def capacity(self) -> int:
@@ -184,11 +184,11 @@ class WindowLimit:
 
     @property
     def ceiling(self) -> int:
-        """As `Limit.ceiling`, of the count."""
+        """As `TokenBucketLimit.ceiling`, of the count."""
         return self.requests
 
 
-AnyLimit = Limit | WindowLimit
+AnyLimit = TokenBucketLimit | WindowLimit
 
 
 def _token_bucket_exponent(refill_us: int) -> int:
@@ -199,8 +199,8 @@ def _token_bucket_exponent(refill_us: int) -> int:
 
 
 def _step_bits(capacity: int, ceiling: int) -> int:
-    """See `Limit.step_bits`: the largest power of 2 in 1/8 of the ceiling. For a small capacity, one that no bucket
-    reaches."""
+    """See `TokenBucketLimit.step_bits`: the largest power of 2 in 1/8 of the ceiling. For a small capacity, one that no
+    bucket reaches."""
     return _floor_log2(ceiling // URGENT_SHARE) if capacity >= MIN_STEPS_CAPACITY else ceiling.bit_length()
 
 

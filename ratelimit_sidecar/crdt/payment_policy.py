@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from ratelimit_sidecar.crdt.shares import TOKEN, rank
-from ratelimit_sidecar.crdt.strict import NEVER_US, StrictBucket, in_grains
+from ratelimit_sidecar.crdt.strict import NEVER_US, StrictBucket, scaled_home
 
 LEAST_PACE_US: Final = 20_000
 """A peer is asked again after this time at the earliest."""
@@ -88,13 +88,13 @@ class _Peer:
     """The last reports of a peer about one bucket.
 
     Args:
-        most: the largest that its home can be.
+        max_home: the largest that its home can be.
         left: the amount that it had left when it last answered, at `answered_us`.
         demand: its demand when it last asked, at `demand_us`.
         asked_us: when it was last asked.
     """
 
-    most: int = 0
+    max_home: int = 0
     left: int = 0
     answered_us: int = NEVER_US
     demand: int = 0
@@ -109,15 +109,15 @@ class PaymentPolicy:
     bucket: StrictBucket
     _peers: defaultdict[str, _Peer] = field(default_factory=lambda: defaultdict(_Peer))
 
-    def asks(self, streams: Mapping[str, int], now_us: int) -> dict[str, Ask]:
+    def asks(self, streams: Mapping[str, int], strict_us: int) -> dict[str, Ask]:
         """The asks to send now, by peer. Room is reserved for each.
 
         Args:
             streams: by peer that can be reached, the number of the stream to it.
         """
         bucket = self.bucket
-        bucket.advance(now_us)
-        is_short = self._is_short(now_us)
+        bucket.advance(strict_us)
+        is_short = self._is_short(strict_us)
         if not is_short and (bucket.level >= bucket.ceiling * 3 // 4 or not bucket.demand):
             return {}
         limit, home, room = bucket.limit, bucket.home, bucket.room
@@ -129,8 +129,9 @@ class PaymentPolicy:
         for peer, stream in streams.items():
             payer = self._peers[peer]
             had_nothing = payer.answered_us != NEVER_US and not payer.left
-            if stream not in bucket.reserved and now_us - payer.asked_us >= (slow_pace_us if had_nothing else pace_us):
-                is_known = now_us - payer.answered_us < REPORT_US
+            peer_pace_us = slow_pace_us if had_nothing else pace_us
+            if stream not in bucket.reserved and strict_us - payer.asked_us >= peer_pace_us:
+                is_known = strict_us - payer.answered_us < REPORT_US
                 likely[peer] = min(home, max(payer.left, home >> 5)) if is_known else home
         total, level, demand = sum(likely.values()), max(0, bucket.level) // limit.period_us, bucket.demand
         asks = {}
@@ -139,21 +140,21 @@ class PaymentPolicy:
             grains = room * left // total if total else 0
             # No more than the peer is credited with: anything above that would be paid but not counted here.
             if payer.answered_us != NEVER_US:
-                grains = min(grains, bucket.credit_of(peer, payer.most))
+                grains = min(grains, bucket.credit_of(peer, payer.max_home))
             amount = grains // limit.period_us
             if amount > home >> 8:
                 bucket.ask(streams[peer], amount)
-                payer.asked_us = now_us
+                payer.asked_us = strict_us
                 asks[peer] = Ask(amount, level, demand, is_short)
         return asks
 
-    def answer(self, peer: str, ask: Ask, now_us: int) -> Pay:
+    def answer(self, peer: str, ask: Ask, strict_us: int) -> Pay:
         """Pay the peer its fair part of the spare tokens."""
         bucket, asker = self.bucket, self._peers[peer]
-        bucket.advance(now_us)
-        asker.demand, asker.demand_us = ask.demand, now_us
+        bucket.advance(strict_us)
+        asker.demand, asker.demand_us = ask.demand, strict_us
         level, reserve = max(0, bucket.level) // bucket.limit.period_us, bucket.home >> RESERVE_SHIFT
-        if self._is_short(now_us):
+        if self._is_short(strict_us):
             # Fractions of a token admit nothing. When both nodes have only a fraction and refill slowly, the node with
             # the higher rank gives its fraction to the other.
             is_slow = bucket.refill * 1_100_000 < TOKEN * bucket.limit.period_us
@@ -165,55 +166,55 @@ class PaymentPolicy:
         if not ask.is_short:
             kept = max(kept, (level + ask.level) // 2)
         spare = max(0, level - kept // TOKEN * TOKEN)
-        total = sum(each.demand for each in self._peers.values() if now_us - each.demand_us < REPORT_US)
+        total = sum(each.demand for each in self._peers.values() if strict_us - each.demand_us < REPORT_US)
         if total:
             spare = spare * max(ask.demand, total >> 3) // total
         paid = bucket.pay(peer, min(ask.amount, spare))
         return Pay(paid, max(0, level - paid - reserve))
 
-    def paid(self, peer: str, stream_number: int, pay: Pay, most: int, now_us: int) -> bool:
-        """Add a peer's payment; see `StrictBucket.paid`."""
-        self.bucket.advance(now_us)
-        self.note_left(peer, pay.left, most, now_us)
-        return self.bucket.paid(stream_number, peer, pay.amount, most)
+    def receive_payment(self, peer: str, stream_number: int, pay: Pay, max_home: int, strict_us: int) -> bool:
+        """Add a peer's payment; see `StrictBucket.receive_payment`."""
+        self.bucket.advance(strict_us)
+        self.note_left(peer, pay.left, max_home, strict_us)
+        return self.bucket.receive_payment(stream_number, peer, pay.amount, max_home)
 
-    def ticket(self, number: int, tokens: int, now_us: int) -> Ticket:
+    def ticket(self, number: int, tokens: int, strict_us: int) -> Ticket:
         """Set aside up to `tokens` for requests that wait at a peer, without a reserve: a request that waits there
         counts more than one that may come here.
         """
         bucket = self.bucket
-        bucket.advance(now_us)
+        bucket.advance(strict_us)
         tokens = bucket.set_aside(number, tokens)
-        left = 0 if self._is_short(now_us) else max(0, bucket.level) // bucket.limit.period_us
+        left = 0 if self._is_short(strict_us) else max(0, bucket.level) // bucket.limit.period_us
         return Ticket(tokens, left)
 
-    def note_left(self, peer: str, left: int, most: int, now_us: int) -> None:
+    def note_left(self, peer: str, left: int, max_home: int, strict_us: int) -> None:
         """Note what a peer has left, as it reports with each payment and ticket."""
         payer = self._peers[peer]
-        payer.left, payer.most, payer.answered_us = left, most, now_us
+        payer.left, payer.max_home, payer.answered_us = left, max_home, strict_us
 
     def add_left(self, peer: str, more: int) -> None:
         """Note that a peer has `more` left than it reported, because so much is returned to it."""
         self._peers[peer].left += more
 
-    def believed(self, peer: str, now_us: int) -> int:
-        """The amount that a peer is believed to have at `now_us`.
+    def believed(self, peer: str, strict_us: int) -> int:
+        """The amount that a peer is believed to have at `strict_us`.
 
         That is what it reported and the refill since, and after `REPORT_FORGOTTEN_US` all that it can have; but 0 for
         `REPORT_US` after it reported nothing left. A peer that never answered is believed to have as much as this
         replica's home, and at least a token.
         """
         payer, bucket = self._peers[peer], self.bucket
-        since_us = now_us - payer.answered_us
+        since_us = strict_us - payer.answered_us
         if payer.answered_us == NEVER_US:
             return max(bucket.home, TOKEN)
         if since_us < REPORT_US and not payer.left:
             return 0
-        ceiling, refill = in_grains(bucket.limit, payer.most)
-        credit = bucket.credit_of(peer, payer.most)
+        ceiling, refill = scaled_home(bucket.limit, payer.max_home)
+        credit = bucket.credit_of(peer, payer.max_home)
         if since_us < REPORT_FORGOTTEN_US:
             credit = min(credit, ceiling, payer.left * bucket.limit.period_us + since_us * refill)
         return credit // bucket.limit.period_us
 
-    def _is_short(self, now_us: int) -> bool:
-        return now_us - self.bucket.denied_us < SHORTAGE_US
+    def _is_short(self, strict_us: int) -> bool:
+        return strict_us - self.bucket.denied_us < SHORTAGE_US

@@ -24,14 +24,14 @@ class Room:
     """Counts the buckets of one store.
 
     Args:
-        most: the most buckets at once, at least 1; fewer when keys are long. It may be changed at any time.
+        max_buckets: the most buckets at once, at least 1; fewer when keys are long. It may be changed at any time.
         rule_key: returns the part of a bucket key that all buckets of its rule share. A key that equals its rule key
             always gets a bucket, so there must be few of them.
     """
 
-    def __init__(self, most: int, rule_key: Callable[[bytes], bytes]) -> None:
-        assert most >= 1
-        self.most = most
+    def __init__(self, max_buckets: int, rule_key: Callable[[bytes], bytes]) -> None:
+        assert max_buckets >= 1
+        self.max_buckets = max_buckets
         self.rule_key = rule_key
         self._taken = 0
         self._of_rule: dict[bytes, int] = {}
@@ -39,13 +39,13 @@ class Room:
     @property
     def is_ample(self) -> bool:
         """True when every rule could have more buckets, and some time will pass before one cannot."""
-        return self._taken < self.most * AMPLE_SHARE
+        return self._taken < self.max_buckets * AMPLE_SHARE
 
     def take(self, key: bytes) -> bool:
         """Note a new bucket. False when there is no room for it: then nothing is noted."""
         rule = self.rule_key(key)
         held = self._of_rule.get(rule, 0)
-        if held >= RULE_SHARE * (self.most - self._taken) and key != rule:
+        if held >= RULE_SHARE * (self.max_buckets - self._taken) and key != rule:
             return False
         places = _places_of(key)
         self._of_rule[rule] = held + places

@@ -1,4 +1,4 @@
-"""Who owns how much of every strict limit: homes by configured membership, safe while it changes.
+"""Who owns how much of every strict limit, which is a node's *home*: by configured membership, safe while it changes.
 
 Homes come from weights that every member configures alike, under an epoch number. The rule that keeps the sum of homes
 at most one limit while epochs differ:
@@ -95,7 +95,7 @@ _WITHOUT_THIS_NODE: Final[Mapping[str, int]] = {"": 1}
 
 @dataclass(slots=True)
 class Shares:
-    """The membership as one node sees it.
+    """The membership as one node sees it, and the homes that follow from it.
 
     Args:
         node: this node.
@@ -135,15 +135,15 @@ class Shares:
         """True when the new home counts in full: every member has shown this epoch."""
         return self.membership.previous is None or self._others <= self._current
 
-    def receive(self, peer: str, shown: ShownMembership, now_us: int) -> None:
+    def receive(self, peer: str, shown: ShownMembership, strict_us: int) -> None:
         """Note the membership that a peer has shown."""
         self.conflicts.pop(peer, None)
         # Anybody may dial in, under any number of names.
         is_other = peer in self._others
         if shown.epoch and is_other:
             self._upgraded.add(peer)
-            if now_us < self.from_us and self._upgraded >= self._others:
-                self.from_us = max(now_us, self.started_us + HOLD_US)
+            if strict_us < self.from_us and self._upgraded >= self._others:
+                self.from_us = max(strict_us, self.started_us + HOLD_US)
             self._note_behind(peer, shown)
         if shown.epoch < self.membership.epoch:
             # It may have been restarted with an older configuration.
@@ -167,15 +167,16 @@ class Shares:
                 self._behind.append((shown.weights, {peer}))
         self._behind = [each for each in self._behind if each[1]]
 
-    def part(self, now_us: int) -> float:
-        """This node's part of every limit at `now_us`, but for rounding."""
-        return min((weights.get(self.node, 0) / sum(weights.values()) for weights in self.in_force(now_us)), default=0)
+    def home_fraction(self, strict_us: int) -> float:
+        """This node's homes at `strict_us`, as a fraction of each limit, but for rounding."""
+        in_force = self.in_force(strict_us)
+        return min((weights.get(self.node, 0) / sum(weights.values()) for weights in in_force), default=0)
 
-    def home(self, key: bytes, capacity: int, now_us: int) -> int:
-        """This node's home of one limit at `now_us`."""
-        return home_in(self.in_force(now_us), self.node, key, capacity)
+    def home(self, key: bytes, capacity: int, strict_us: int) -> int:
+        """This node's home of one limit at `strict_us`."""
+        return home_in(self.in_force(strict_us), self.node, key, capacity)
 
-    def most(self, member: str, key: bytes, capacity: int) -> int:
+    def max_home(self, member: str, key: bytes, capacity: int) -> int:
         """The largest that a node's home of one limit can be; 0 if it is no member."""
         memberships = (self.membership.weights, self.membership.previous or {})
         return max(home_of(weights, member, key, capacity) for weights in memberships)
@@ -184,11 +185,11 @@ class Shares:
         """True for members of this epoch or the one before."""
         return node in self.membership.weights or node in (self.membership.previous or {})
 
-    def in_force(self, now_us: int) -> list[Mapping[str, int]]:
-        """The memberships in force at `now_us`, as weights; this node uses the smallest of its homes in them. Empty
+    def in_force(self, strict_us: int) -> list[Mapping[str, int]]:
+        """The memberships in force at `strict_us`, as weights; this node uses the smallest of its homes in them. Empty
         before its home begins.
         """
-        if now_us < self.from_us:
+        if strict_us < self.from_us:
             return []
         found = [self.membership.weights]
         if self.membership.previous is not None and not self.is_settled:

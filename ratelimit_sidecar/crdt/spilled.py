@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.crdt.untracked_dict import untrack
 
 CELLS: Final = 16
@@ -31,7 +31,7 @@ class SpilledRefill:
 
     __slots__ = ("_cell", "_cells", "_limit")
 
-    def __init__(self, limit: Limit, from_us: int) -> None:
+    def __init__(self, limit: TokenBucketLimit, from_us: int) -> None:
         self._limit = limit
         self._cell = _cell_of(from_us, limit.exponent)
         """The newest cell with refill. A cell has the number of the slot in whose middle it ends."""

@@ -20,7 +20,7 @@ from typing import Final
 
 from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.journal import Journal, is_nearly_used_up
-from ratelimit_sidecar.crdt.limit import AnyLimit, Limit, Window
+from ratelimit_sidecar.crdt.limit import AnyLimit, TokenBucketLimit, Window
 from ratelimit_sidecar.crdt.room import Room
 from ratelimit_sidecar.crdt.token_bucket import Sealing, TokenBucket
 from ratelimit_sidecar.crdt.untracked_dict import SHARDS, UntrackedDict
@@ -203,7 +203,7 @@ class Store:
             limit, replicated: as for `join`.
             base: as for `join`; `NO_BASE` when there was none.
         """
-        sealing = Sealing(limit, base, now_us) if isinstance(limit, Limit) else None
+        sealing = Sealing(limit, base, now_us) if isinstance(limit, TokenBucketLimit) else None
         journal = self.journal
         left: Sequence[Entry] = entries
         while True:
@@ -233,15 +233,15 @@ class Store:
         self.journal.forget()
         yield from self._buckets.clear()
 
-    def drain_changes(self, most: int | None = None) -> list[tuple[Bucket, list[int]]]:
+    def drain_changes(self, max_buckets: int | None = None) -> list[tuple[Bucket, list[int]]]:
         """Buckets with the own slots written since they were last drained, in the order of the first of these writes.
 
         Args:
-            most: buckets; None for all.
+            max_buckets: buckets; None for all.
         """
-        changed = [(bucket, bucket.drain_changed_slots()) for bucket in self.journal.buckets[:most]]
+        changed = [(bucket, bucket.drain_changed_slots()) for bucket in self.journal.buckets[:max_buckets]]
         # Emptied in place: every bucket holds it.
-        del self.journal.buckets[:most]
+        del self.journal.buckets[:max_buckets]
         return changed
 
     def go_back(self, origin: Origin) -> None:
@@ -253,16 +253,16 @@ class Store:
         """
         self.origin = self.journal.origin = origin
 
-    def sweep(self, now_us: int, most: int) -> int:
-        """Look at the next `most` buckets in turn, or fewer if they hold many slots, and drop the idle ones; a call
+    def sweep(self, now_us: int, max_buckets: int) -> int:
+        """Look at the next `max_buckets` in turn, or fewer if they hold many slots, and drop the idle ones; a call
         resumes where the last one stopped. While all together have too many slots, it seals early.
 
         Returns:
-            How many it has looked at; at least one, if there is one and `most` is not 0.
+            How many it has looked at; at least one, if there is one and `max_buckets` is not 0.
         """
         looked = 0
-        left = most
-        count = min(most, len(self._buckets))
+        left = max_buckets
+        count = min(max_buckets, len(self._buckets))
         while left > 0 and looked < count:
             while not self._to_sweep:
                 self._to_sweep.extend(self._buckets.shards[self._next_shard].values())
@@ -293,7 +293,7 @@ class Store:
 
 
 def _make_bucket(key: bytes, limit: AnyLimit, origin: Origin, now_us: int, journal: Journal | None) -> Bucket:
-    if isinstance(limit, Limit):
+    if isinstance(limit, TokenBucketLimit):
         return TokenBucket(key, limit, origin, now_us, journal)
     if limit.window is Window.FIXED:
         return FixedWindow(key, limit, origin, now_us, journal)

@@ -13,13 +13,14 @@ room: it takes the tokens out of its level and counts them in R until the peer r
 than the peer may use them. The peer *wishes* for a ticket, and uses it only within `TICKET_US` of the wish; what it
 neither uses nor has room for, it returns.
 
-Safety depends on this file alone, and on `shares.py`. `payment_policy.py` decides when and how much is asked for and
-paid.
+Safety depends on this file, `shares.py` and `homes.py`, and on callers that free room only once the stream is closed
+(`replication/payments.py`). `payment_policy.py` decides when and how much is asked for and paid.
 
 A peer's stream is given here as its `stream_number`, this node's own (see `replication.payments.StreamPayments`).
 
 Units: amounts, homes among them, are in 2**-32 tokens, a level in *grains*: a token is period_us * 2**32 grains. So
-everything is an integer. Time is microseconds of a clock that never steps.
+everything is an integer. Time is microseconds of a clock that never steps: `strict_us`, beside `now_us`, the wall clock
+of other buckets, which may be set.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
-from ratelimit_sidecar.crdt.limit import AnyLimit, Limit
+from ratelimit_sidecar.crdt.limit import AnyLimit, TokenBucketLimit
 
 if TYPE_CHECKING:
     from ratelimit_sidecar.crdt.homes import Homes
@@ -57,15 +58,16 @@ NO_HOME_US: Final = 2_500_000
 class StrictBucket(Bucket):
     """This replica's purse for one strict limit. `Ledger` makes it, sets its home, and drops it when it is idle.
 
-    `take` decides from the level alone. For each `ask` the caller later calls `paid` or `closed`; for each `wish`
-    `accept` or `give_up`; for each ticket `set_aside` with tokens in it, `release`.
+    `take` decides from the level alone. For each `ask` the caller later calls `receive_payment` or `closed`; for each
+    `wish` `accept` or `give_up`; for each ticket `set_aside` with tokens in it, `release`.
 
     Args:
         home: the amount of the limit that is this replica's.
         from_us: the time since when it has that; the bucket was empty then.
-        now_us: see above for the clock.
+        strict_us: the time now; see above for the clock.
         active: the bucket appends itself when a request takes from it. Whoever removes it must reset `is_active`.
-        homes: the home follows it, each change as of its instant; None if the caller alone sets it.
+        homes: source of later homes; each change is applied as of the time it happened. None if the caller alone sets
+            the home.
     """
 
     __slots__ = (
@@ -94,28 +96,29 @@ class StrictBucket(Bucket):
     def __init__(
         self,
         key: bytes,
-        limit: Limit,
+        limit: TokenBucketLimit,
         origin: Origin,
-        now_us: int,
+        strict_us: int,
         *,
         home: int,
         from_us: int,
         active: deque[StrictBucket] | None = None,
         homes: Homes | None = None,
     ) -> None:
-        super().__init__(key, origin, min(from_us, now_us))
+        super().__init__(key, origin, min(from_us, strict_us))
         self._limit = limit
         self._homes = homes
         self._active = deque() if active is None else active
         self.is_active = False
         self.home = home
         self.home_version = 0 if homes is None else homes.version
-        """Of `homes`, or of whoever sets the home: whether it has to be set again; 0 while it is not known."""
+        """Number of the home's last change applied, counted by `homes` or by whoever sets the home: 0 none yet, -1 to
+        be set again."""
         self.withheld = 0
         """Not part of `home`: Envoys have token buckets with this amount."""
         self.held_back = 0
-        """The part of the capacity whose refill Envoys have, not part of `home` either. Another capacity than the one
-        by which it was withheld makes it another amount than `withheld`."""
+        """`withheld`, rescaled after a change of the capacity: the part of it whose refill Envoys have. Not part of
+        `home` either."""
         self.level = 0
         """L, in grains at `at_us`. Below 0 after denied hits that were charged."""
         self.reserved: dict[int, int] = {}
@@ -129,32 +132,32 @@ class StrictBucket(Bucket):
         self._lacking: dict[str, tuple[int, int]] = {}
         """By peer, a lower bound on how many grains its home lacked when it last paid us or was paid by us, and the
         time of that. So no peer is credited with more than it can have (`credit_of`)."""
-        self.ceiling, self.refill = in_grains(limit, home)
+        self.ceiling, self.refill = scaled_home(limit, home)
         """The home (H) in grains, and its refill in grains per microsecond."""
-        self._wanted, self._wanted_us = 0, now_us
+        self._wanted, self._wanted_us = 0, strict_us
         self._kept_until_us = 0
         """By then each limit that it has had would have refilled its home."""
         self.denied_us = NEVER_US
         """Time of the last denial."""
-        self.advance(now_us)
+        self.advance(strict_us)
 
     @property
-    def limit(self) -> Limit:
+    def limit(self) -> TokenBucketLimit:
         return self._limit
 
-    def would_admit(self, hits: int, now_us: int) -> bool:
+    def would_admit(self, hits: int, strict_us: int) -> bool:
         """See `Bucket.would_admit`. If it would be denied, it counts as demand, as in `take`, so that peers
         are asked.
         """
-        self.advance(now_us)
+        self.advance(strict_us)
         if self.has(hits):
             return True
         self._note_demand(self._needed(hits))
         self.denied_us = self.at_us
         return False
 
-    def take(self, hits: int, now_us: int, *, always: bool = False) -> bool:
-        self.advance(now_us)
+    def take(self, hits: int, strict_us: int, *, always: bool = False) -> bool:
+        self.advance(strict_us)
         needed = hits or self._needed(0)
         self._note_demand(needed)
         charge = (needed * self._limit.period_us) << 32
@@ -214,7 +217,7 @@ class StrictBucket(Bucket):
     @property
     def _repaid_per_us(self) -> int:
         """The grains of debt that are repaid in a microsecond; without a home as if the whole limit was here."""
-        return in_grains(self._limit, self.home)[1] or self._limit.tokens << 32
+        return scaled_home(self._limit, self.home)[1] or self._limit.tokens << 32
 
     @property
     def debt(self) -> int:
@@ -231,14 +234,14 @@ class StrictBucket(Bucket):
     def _refilled_in_us(self, level: int) -> int:
         return max(0, -(-(level - self.level) // self.refill)) if self.refill else NO_HOME_US
 
-    def advance(self, now_us: int) -> None:
+    def advance(self, strict_us: int) -> None:
         homes = self._homes
         if homes is not None and self.home_version != homes.version:
             missed = homes.since(self.home_version, self.key, self._limit.capacity)
             self.home_version = homes.version
             for since_us, home in missed:
                 self.set_home(home, since_us)
-        elapsed_us = now_us - self.at_us
+        elapsed_us = strict_us - self.at_us
         if elapsed_us > 0:
             top = self.ceiling - self.room_reserved if self.reserved or self.aside else self.ceiling
             if self.level < top:
@@ -249,7 +252,7 @@ class StrictBucket(Bucket):
                     self.level = min(0, self.level + elapsed_us * self._repaid_per_us)
                 # Its limit may be another one now.
                 self.level = max(self.level, self.floor)
-            self.at_us = now_us
+            self.at_us = strict_us
 
     @property
     def room_reserved(self) -> int:
@@ -262,7 +265,7 @@ class StrictBucket(Bucket):
         return self.ceiling - max(0, self.level) - self.room_reserved
 
     def ask(self, stream_number: int, amount: int) -> None:
-        """Reserve room for an ask. The caller sends it, and later calls `paid` or `closed`.
+        """Reserve room for an ask. The caller sends it, and later calls `receive_payment` or `closed`.
 
         Args:
             stream_number: of the stream on which it is sent. No other ask of this bucket may be open on it.
@@ -280,28 +283,28 @@ class StrictBucket(Bucket):
         self._note_lacking(peer, -amount)
         return amount
 
-    def paid(self, stream_number: int, peer: str, amount: int, most: int) -> bool:
+    def receive_payment(self, stream_number: int, peer: str, amount: int, max_home: int) -> bool:
         """Add the payment that answers the ask open on `stream_number`.
 
         Credit the peer at most with what it can have: its home, the refill since, and payments from here.
 
         Args:
-            most: the largest that the peer's home can be.
+            max_home: the largest that the peer's home can be.
 
         Returns:
             False if the peer claims more than that, or more than it was asked for.
         """
-        credit, asked = self.credit_of(peer, most), self.reserved.pop(stream_number)
+        credit, asked = self.credit_of(peer, max_home), self.reserved.pop(stream_number)
         grains = min(amount, asked) * self._limit.period_us
         # If the limit was lowered meanwhile, there may be less room than was reserved.
         added = max(0, min(grains, self.room, credit))
-        self._lacking[peer] = in_grains(self._limit, most)[0] - credit + added, self.at_us
+        self._lacking[peer] = scaled_home(self._limit, max_home)[0] - credit + added, self.at_us
         self.level += added
         return amount <= asked and grains <= credit
 
-    def credit_of(self, peer: str, most: int) -> int:
+    def credit_of(self, peer: str, max_home: int) -> int:
         """The most grains that a peer with such a home can have at `at_us`."""
-        ceiling, refill = in_grains(self._limit, most)
+        ceiling, refill = scaled_home(self._limit, max_home)
         lacking, at_us = self._lacking.get(peer, (0, 0))
         return ceiling - max(0, lacking - (self.at_us - at_us) * refill)
 
@@ -319,13 +322,13 @@ class StrictBucket(Bucket):
             self.aside += tokens << 32
         return max(0, tokens)
 
-    def release(self, number: int, peer: str, returned: int, now_us: int) -> None:
+    def release(self, number: int, peer: str, returned: int, strict_us: int) -> None:
         """Free the room of a ticket, because the peer is done with it, or after `HOLD_US`; nothing if it is free.
 
         Args:
             returned: the amount that the peer gives back.
         """
-        self.advance(now_us)
+        self.advance(strict_us)
         amount = self.tickets.pop(number, 0)
         self.aside -= amount
         returned = min(returned, amount)
@@ -341,23 +344,23 @@ class StrictBucket(Bucket):
         """The ticket is not waited for any more. If it comes, it must be given back."""
         self.wishes.pop(number, None)
 
-    def accept(self, number: int, peer: str, tokens: int, most: int, now_us: int) -> int:
+    def accept(self, number: int, peer: str, tokens: int, max_home: int, strict_us: int) -> int:
         """Add a ticket to the level, even if there is no room for it: the caller takes from it for what waits, and then
         calls `take_rest`, all at this instant.
 
         Args:
-            most: as in `paid`.
+            max_home: as in `receive_payment`.
 
         Returns:
             The grains added; 0 if the ticket is too old, or is not wished for.
         """
-        self.advance(now_us)
+        self.advance(strict_us)
         wished_us = self.wishes.pop(number, NEVER_US)
         if self.at_us - wished_us > TICKET_US:
             return 0
-        credit = self.credit_of(peer, most)
+        credit = self.credit_of(peer, max_home)
         added = max(0, min((tokens * self._limit.period_us) << 32, credit))
-        self._lacking[peer] = in_grains(self._limit, most)[0] - credit + added, self.at_us
+        self._lacking[peer] = scaled_home(self._limit, max_home)[0] - credit + added, self.at_us
         self.level += added
         return added
 
@@ -390,15 +393,15 @@ class StrictBucket(Bucket):
         top = max(self.level, self.ceiling - self.room_reserved)
         self.level = max(self.floor, min(top, self.level + amount * self._limit.period_us))
 
-    def closed(self, stream_number: int, now_us: int) -> None:
+    def closed(self, stream_number: int, strict_us: int) -> None:
         """Free the room reserved on a stream: it is closed, so no answer can come."""
-        self.advance(now_us)
+        self.advance(strict_us)
         self.reserved.pop(stream_number, None)
 
-    def set_limit(self, limit: AnyLimit, now_us: int) -> None:
+    def set_limit(self, limit: AnyLimit, strict_us: int) -> None:
         """See `Bucket.set_limit`. The caller must call `set_home` afterwards."""
-        assert isinstance(limit, Limit)
-        self.advance(now_us)
+        assert isinstance(limit, TokenBucketLimit)
+        self.advance(strict_us)
         self._kept_until_us = max(self._kept_until_us, self.at_us + self.full_in_us)
         # Rounded down, so that a change adds no tokens.
         self.level = self.level * limit.period_us // self._limit.period_us
@@ -417,30 +420,30 @@ class StrictBucket(Bucket):
         # What tokens could not be had for may be some Envoy's until it reports.
         self.held_back = max(self.withheld, min(self.held_back, amount))
 
-    def set_home(self, home: int, now_us: int) -> None:
+    def set_home(self, home: int, strict_us: int) -> None:
         """Set another home from now on, withheld tokens included; the level is cut to it, and debt to its ceiling."""
-        self.advance(now_us)
+        self.advance(strict_us)
         self.home = max(0, home - max(self.withheld, self.held_back))
-        self.ceiling, self.refill = in_grains(self._limit, self.home)
+        self.ceiling, self.refill = scaled_home(self._limit, self.home)
         self.level = max(self.floor, min(self.level, max(0, self.ceiling - self.room_reserved)))
 
-    def is_idle(self, now_us: int) -> bool:
+    def is_idle(self, strict_us: int) -> bool:
         """True when it is full, no ask is open, no ticket set aside and nothing withheld: a new bucket would not have
         more, not even under a limit that it had before.
         """
-        self.advance(now_us)
+        self.advance(strict_us)
         is_full = self.level == self.ceiling and not self.reserved and not self.aside and not self.withheld
         return is_full and self.at_us >= self._kept_until_us
 
-    def fold(self, now_us: int) -> int:
+    def fold(self, strict_us: int) -> int:
         """This replica's level. A strict bucket has no replicated state."""
-        self.advance(now_us)
+        self.advance(strict_us)
         return self.level
 
-    def seal(self, now_us: int) -> None:
-        self.advance(now_us)
+    def seal(self, strict_us: int) -> None:
+        self.advance(strict_us)
 
-    def merge(self, _entries: Iterable[Entry], _now_us: int) -> int:
+    def merge(self, _entries: Iterable[Entry], _strict_us: int) -> int:
         """Ignore entries: each replica counts only its own takes."""
         return 0
 
@@ -448,6 +451,6 @@ class StrictBucket(Bucket):
         pass
 
 
-def in_grains(limit: Limit, home: int) -> tuple[int, int]:
+def scaled_home(limit: TokenBucketLimit, home: int) -> tuple[int, int]:
     """The size of a home in grains, and its refill in grains per microsecond."""
     return home * limit.period_us, limit.tokens * home // max(1, limit.capacity)

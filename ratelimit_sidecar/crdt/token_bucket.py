@@ -21,7 +21,7 @@ from typing import Final, NamedTuple
 
 from ratelimit_sidecar.crdt.bucket import NO_SLOT, SET_BACK_US, Base, Bucket, Entry, Origin, Settled
 from ratelimit_sidecar.crdt.journal import Journal, Refused
-from ratelimit_sidecar.crdt.limit import MAX_AHEAD_US, MAX_WIDER_EXPONENT, MIN_HORIZON_US, AnyLimit, Limit
+from ratelimit_sidecar.crdt.limit import MAX_AHEAD_US, MAX_WIDER_EXPONENT, MIN_HORIZON_US, AnyLimit, TokenBucketLimit
 from ratelimit_sidecar.crdt.slot import REFUND, placed_us, slot_end_us, slot_exponent, slot_id
 from ratelimit_sidecar.crdt.spilled import SpilledRefill
 
@@ -53,7 +53,9 @@ class TokenBucket(Bucket):
         "full_at_us",
     )
 
-    def __init__(self, key: bytes, limit: Limit, origin: Origin, now_us: int, journal: Journal | None = None) -> None:
+    def __init__(
+        self, key: bytes, limit: TokenBucketLimit, origin: Origin, now_us: int, journal: Journal | None = None
+    ) -> None:
         super().__init__(key, origin, now_us, journal)
         self._limit = limit
         self._base_us = limit.boundary_us(now_us)
@@ -82,7 +84,7 @@ class TokenBucket(Bucket):
         """Of the limits it has had, the one that takes longest to refill what was taken under it."""
 
     @property
-    def limit(self) -> Limit:
+    def limit(self) -> TokenBucketLimit:
         return self._limit
 
     def take(self, hits: int, now_us: int, *, always: bool = False) -> bool:
@@ -186,12 +188,11 @@ class TokenBucket(Bucket):
         """
         self.advance(now_us)
         self._seal_when_due()
-        limit, at_us, spilled = self._limit, self.at_us, self._spilled
-        exponent, period_us = limit.exponent, limit.period_us
-        oldest_us = max(self._base_us, limit.boundary_us(at_us))
+        limit = self._limit
+        oldest_us = max(self._base_us, limit.boundary_us(self.at_us))
         # An id is its slot's start with the exponent in the low bits.
-        newest_us = at_us + MAX_AHEAD_US
-        widest = max(exponent, MAX_WIDER_EXPONENT)
+        newest_us = self.at_us + MAX_AHEAD_US
+        widest = max(limit.exponent, MAX_WIDER_EXPONENT)
         news = 0
         too_many = refold = False
         for entry in entries:
@@ -209,27 +210,35 @@ class TokenBucket(Bucket):
                 too_many = refold = True
             if slot & REFUND:
                 self._refunded_until_us = max(self._refunded_until_us, slot_end_us(slot))
-            charge = added * period_us
-            self._peak += charge
-            if refold or slot < self._refunded_until_us or self._peak > limit.debt_ceiling:
-                refold = True
-                continue
-            entry_us = placed_us(slot, exponent)
-            if entry_us >= self.full_at_us:
-                self.deficit += charge
-                continue
-            # A narrower slot, from before the limit changed, has its middle elsewhere.
-            is_narrower = slot_exponent(slot) < exponent
-            unpaid = None if spilled is None or is_narrower else spilled.pay(charge, entry_us)
-            if unpaid is None:
-                refold = True
-            else:
-                self.deficit += unpaid
+            refold = refold or not self._place(slot, added * limit.period_us)
         if too_many:
             self._trim()
         if refold:
             self._recount()
         return news
+
+    def _place(self, slot: int, charge: int) -> bool:
+        """Add what a peer took in a slot to the live deficit, as of the middle of the slot.
+
+        Returns:
+            False if all slots have to be folded again instead.
+        """
+        limit, spilled = self._limit, self._spilled
+        self._peak += charge
+        if slot < self._refunded_until_us or self._peak > limit.debt_ceiling:
+            return False
+        entry_us = placed_us(slot, limit.exponent)
+        if entry_us >= self.full_at_us:
+            self.deficit += charge
+            return True
+        # A narrower slot, from before the limit changed, has its middle elsewhere.
+        if spilled is None or slot_exponent(slot) < limit.exponent:
+            return False
+        unpaid = spilled.pay(charge, entry_us)
+        if unpaid is None:
+            return False
+        self.deficit += unpaid
+        return True
 
     @property
     def base(self) -> Base:
@@ -314,7 +323,7 @@ class TokenBucket(Bucket):
         """See `Bucket.set_limit`. Takes within the horizon still count, at the new rate. What was taken earlier, and a
         former limit has not refilled yet, still counts if the horizon becomes longer again.
         """
-        assert isinstance(limit, Limit)
+        assert isinstance(limit, TokenBucketLimit)
         self.advance(now_us)
         replaced, former = _Former(self._limit, self.at_us + self.full_in_us), self._former
         scaled = -(-self._base_deficit * limit.period_us // self._limit.period_us)
@@ -436,7 +445,7 @@ class TokenBucket(Bucket):
 class _Former(NamedTuple):
     """A limit that was replaced."""
 
-    limit: Limit
+    limit: TokenBucketLimit
     full_at_us: int
     """When it would have refilled all that was taken under it."""
 
@@ -452,9 +461,9 @@ class _Folded(NamedTuple):
 
 
 class Sealing:
-    """Seals what was written down of a bucket, however long ago, as of `now_us`. `add` all, join what that returns,
-    and at last the `base`: a bucket of now ignores slots that are older than its horizon, since by now they are in
-    somebody's base, but nobody has sealed what was written down.
+    """Brings saved state up to date. A live bucket ignores slots older than its horizon, since they are in somebody's
+    base; saved ones were never folded, so they are folded here. Feed every part to `add`, join what it returns, and
+    last join `base`.
 
     Args:
         base: scaled by the period of `limit`; `NO_BASE` if none was written down.
@@ -462,7 +471,7 @@ class Sealing:
 
     __slots__ = ("_base", "_boundary_us", "_earlier", "_limit")
 
-    def __init__(self, limit: Limit, base: Base, now_us: int) -> None:
+    def __init__(self, limit: TokenBucketLimit, base: Base, now_us: int) -> None:
         self._limit = limit
         self._base = base
         self._boundary_us = max(limit.boundary_us(now_us), base.boundary_us)
@@ -486,21 +495,21 @@ class Sealing:
         return Base(self._boundary_us, _sealed(self._limit, self._base, self._earlier, self._boundary_us))
 
 
-def sealed(limit: Limit, base: Base, entries: Iterable[Entry], now_us: int) -> tuple[Base, list[Entry]]:
+def sealed(limit: TokenBucketLimit, base: Base, entries: Iterable[Entry], now_us: int) -> tuple[Base, list[Entry]]:
     """The base, and the entries that are left, of what was written down of a bucket; see `Sealing`."""
     sealing = Sealing(limit, base, now_us)
     later = sealing.add(entries)
     return sealing.base, later
 
 
-def _sealed(limit: Limit, base: Base, tokens_by_slot: dict[int, int], boundary_us: int) -> int:
+def _sealed(limit: TokenBucketLimit, base: Base, tokens_by_slot: dict[int, int], boundary_us: int) -> int:
     """The scaled deficit at a new boundary, before which these slots began."""
     # The boundary of a peer with narrower slots may lie inside one of these. That slot counts before it, too.
     events = _events(limit, tokens_by_slot.items(), boundary_us - 1)
     return _fold(limit, base, events, boundary_us, None).deficit
 
 
-def _events(limit: Limit, slots: Iterable[tuple[int, int]], last_us: int) -> list[tuple[int, int]]:
+def _events(limit: TokenBucketLimit, slots: Iterable[tuple[int, int]], last_us: int) -> list[tuple[int, int]]:
     """Events as (time, tokens given back), in time order, none after `last_us`. Takes are negative, so that they come
     before the refunds of the same instant. Takes of several origins in a slot may be one event or several.
     """
@@ -511,7 +520,7 @@ def _events(limit: Limit, slots: Iterable[tuple[int, int]], last_us: int) -> lis
 
 
 def _fold(
-    limit: Limit, base: Base, events: Iterable[tuple[int, int]], now_us: int, spilled: SpilledRefill | None
+    limit: TokenBucketLimit, base: Base, events: Iterable[tuple[int, int]], now_us: int, spilled: SpilledRefill | None
 ) -> _Folded:
     """Fold a base and `events` (see `_events`) up to `now_us`, and note spilled refill.
 

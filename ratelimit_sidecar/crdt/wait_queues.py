@@ -11,7 +11,7 @@ from ratelimit_sidecar.crdt.waiting import (
     MAX_WAITING_OF_BUCKET,
     SERVED_AT_ONCE,
     Outcome,
-    Waiting,
+    PendingDecision,
     WaitQueue,
 )
 
@@ -22,7 +22,7 @@ class WaitQueues:
     """
 
     def __init__(self) -> None:
-        self.ended: deque[Waiting] = deque()
+        self.ended: deque[PendingDecision] = deque()
         self.on_ended: Callable[[], None] | None = None
         """Called when `ended` is no longer empty. It must be O(1)."""
         self.waiting = 0
@@ -43,7 +43,7 @@ class WaitQueues:
         self._ends_below = 0
         self._is_open = True
 
-    def join(self, policy: PaymentPolicy, waiting: Waiting, now_us: int) -> bool:
+    def join(self, policy: PaymentPolicy, waiting: PendingDecision, strict_us: int) -> bool:
         """Let a request wait for a bucket.
 
         Returns:
@@ -59,21 +59,21 @@ class WaitQueues:
             self.crowded += 1
             return False
         found = WaitQueue(policy, self._end) if queue is None else queue
-        if not found.may_be_enough(waiting.hits, self._peers, now_us):
+        if not found.may_be_enough(waiting.hits, self._peers, strict_us):
             return False
         if queue is None:
             self.by_key[key] = found
             self._order.append(found)
         self._numbers += 1
         waiting.number = self._numbers
-        found.join(waiting, now_us)
+        found.join(waiting, strict_us)
         self.waiting += 1
         return True
 
-    def leave(self, waiting: Waiting, outcome: Outcome, now_us: int) -> None:
+    def leave(self, waiting: PendingDecision, outcome: Outcome, strict_us: int) -> None:
         """End a wait, because its time is over or its client has given up."""
         if waiting.queue is not None:
-            waiting.queue.leave(waiting, outcome, now_us)
+            waiting.queue.leave(waiting, outcome, strict_us)
 
     def end_all(self) -> None:
         """Have `tick` end all current waits, because the rules have changed."""
@@ -84,8 +84,10 @@ class WaitQueues:
         self._is_open = False
         self.end_all()
 
-    def tick(self, peers: Sequence[str], now_us: int, most: int, longest_key: int) -> dict[str, dict[bytes, int]]:
-        """Look at the next `most` queues, and end up to `SERVED_AT_ONCE` waits.
+    def tick(
+        self, peers: Sequence[str], strict_us: int, max_queues: int, longest_key: int
+    ) -> dict[str, dict[bytes, int]]:
+        """Look at the next `max_queues` queues, and end up to `SERVED_AT_ONCE` waits.
 
         Args:
             peers: the connected members whose protocol has tickets.
@@ -97,13 +99,13 @@ class WaitQueues:
         self._peers, self._longest_key = peers, longest_key
         wishes: dict[str, dict[bytes, int]] = {}
         left = SERVED_AT_ONCE
-        for _ in range(min(most, len(self._order))):
+        for _ in range(min(max_queues, len(self._order))):
             queue = self._order.popleft()
-            left -= queue.serve(now_us, left)
+            left -= queue.serve(strict_us, left)
             while left and (first := queue.first) is not None and first.number < self._ends_below:
-                queue.leave(first, Outcome.ENDED, now_us)
+                queue.leave(first, Outcome.ENDED, strict_us)
                 left -= 1
-            for peer, tokens in queue.wishes(peers, now_us).items():
+            for peer, tokens in queue.wishes(peers, strict_us).items():
                 wishes.setdefault(peer, {})[queue.policy.bucket.key] = tokens
             if queue.is_over:
                 del self.by_key[queue.policy.bucket.key]
@@ -111,11 +113,11 @@ class WaitQueues:
                 self._order.append(queue)
         return wishes
 
-    def _end(self, waiting: Waiting, now_us: int) -> None:
+    def _end(self, waiting: PendingDecision, strict_us: int) -> None:
         self.waiting -= 1
         assert waiting.outcome is not None
         self.counts[waiting.outcome] += 1
-        self.seconds[waiting.outcome] += (now_us - waiting.since_us) / 1e6
+        self.seconds[waiting.outcome] += (strict_us - waiting.since_us) / 1e6
         self.ended.append(waiting)
         if len(self.ended) == 1 and self.on_ended is not None:
             self.on_ended()

@@ -47,12 +47,12 @@ class Outcome(StrEnum):
 class WaitOwner(Protocol):
     """The owner of waits, which ends them in time: `services.waits.Waits`."""
 
-    def cancel(self, waiting: Waiting, /) -> None: ...
+    def cancel(self, waiting: PendingDecision, /) -> None: ...
 
-    def end_now(self, waiting: Waiting, /) -> None: ...
+    def end_now(self, waiting: PendingDecision, /) -> None: ...
 
 
-class Waiting:
+class PendingDecision:
     """A decision that comes later. Whoever sends the answer sets `on_end`, and calls `result` when that was called;
     `cancel` if the client is gone, `end_now` if it cannot wait.
 
@@ -80,7 +80,7 @@ class Waiting:
         self._failure: Exception | None = None
         self._conversions: list[Callable[[bytes], bytes]] = []
 
-    def then(self, convert: Callable[[bytes], bytes]) -> Waiting:
+    def then(self, convert: Callable[[bytes], bytes]) -> PendingDecision:
         """Have `result` converted, after the conversions before; returns itself."""
         self._conversions.append(convert)
         return self
@@ -107,12 +107,12 @@ class Waiting:
             answer = convert(answer)
         return answer
 
-    def decide(self, outcome: Outcome, now_us: int) -> None:
+    def decide(self, outcome: Outcome, strict_us: int) -> None:
         """End the wait: make the decision, unless it was cancelled. The queue calls this when it has removed it."""
         self.outcome = outcome
         if outcome is not Outcome.CANCELLED:
             try:
-                self._answer = self._decide(now_us)
+                self._answer = self._decide(strict_us)
             except Exception as failure:
                 # For whoever asks for the result: the next one must be served all the same.
                 self._failure = failure
@@ -134,14 +134,14 @@ class WaitQueue:
         ended: called with each request whose wait is over, and the time.
     """
 
-    def __init__(self, policy: PaymentPolicy, ended: Callable[[Waiting, int], None]) -> None:
+    def __init__(self, policy: PaymentPolicy, ended: Callable[[PendingDecision, int], None]) -> None:
         self.policy = policy
         self.hits = 0
         """The tokens that all waiting requests need."""
         self._wished: dict[str, int] = {}
         """By peer, the tokens wished for that have not come yet."""
         self._all_wished = 0
-        self._waiting: OrderedDict[Waiting, None] = OrderedDict()
+        self._waiting: OrderedDict[PendingDecision, None] = OrderedDict()
         self._ended = ended
         self._believed = 0
         self._believed_us = NEVER_US
@@ -155,50 +155,50 @@ class WaitQueue:
         return not self._waiting and not self._all_wished
 
     @property
-    def first(self) -> Waiting | None:
+    def first(self) -> PendingDecision | None:
         """The request that has waited longest."""
         return next(iter(self._waiting), None)
 
-    def may_be_enough(self, hits: int, peers: Iterable[str], now_us: int) -> bool:
+    def may_be_enough(self, hits: int, peers: Iterable[str], strict_us: int) -> bool:
         """True if this bucket and peers are believed to have enough for all waiting requests and one more of `hits`."""
-        if now_us - self._believed_us >= BELIEF_US:
-            self._believed_us = now_us
-            self._believed = self._all_wished + sum(self._left(peer, now_us) for peer in peers)
+        if strict_us - self._believed_us >= BELIEF_US:
+            self._believed_us = strict_us
+            self._believed = self._all_wished + sum(self._left(peer, strict_us) for peer in peers)
         return self.hits + hits <= self._believed + self.policy.bucket.remaining
 
-    def join(self, waiting: Waiting, now_us: int) -> None:
-        waiting.since_us, waiting.queue = now_us, self
+    def join(self, waiting: PendingDecision, strict_us: int) -> None:
+        waiting.since_us, waiting.queue = strict_us, self
         self._waiting[waiting] = None
         self.hits += waiting.hits
 
-    def leave(self, waiting: Waiting, outcome: Outcome, now_us: int) -> None:
+    def leave(self, waiting: PendingDecision, outcome: Outcome, strict_us: int) -> None:
         """End the wait of a request; nothing happens if it is over."""
         if waiting.queue is not self:
             return
         waiting.queue = None
         del self._waiting[waiting]
         self.hits -= waiting.hits
-        waiting.decide(outcome, now_us)
-        self._ended(waiting, now_us)
+        waiting.decide(outcome, strict_us)
+        self._ended(waiting, strict_us)
 
-    def serve(self, now_us: int, most: int) -> int:
-        """End the waits for which the bucket has tokens, in order; returns how many, at most `most`."""
+    def serve(self, strict_us: int, max_waits: int) -> int:
+        """End the waits for which the bucket has tokens, in order, up to `max_waits` of them; returns how many."""
         bucket = self.policy.bucket
-        bucket.advance(now_us)
+        bucket.advance(strict_us)
         served = 0
-        while served < most and (first := self.first) is not None and bucket.has(first.hits):
-            self.leave(first, Outcome.SERVED, now_us)
+        while served < max_waits and (first := self.first) is not None and bucket.has(first.hits):
+            self.leave(first, Outcome.SERVED, strict_us)
             served += 1
         return served
 
-    def wishes(self, peers: Iterable[str], now_us: int) -> dict[str, int]:
+    def wishes(self, peers: Iterable[str], strict_us: int) -> dict[str, int]:
         """The whole tokens to wish for now, by peer."""
         bucket = self.policy.bucket
         missing = self.hits - self._all_wished - bucket.remaining
         wishes: dict[str, int] = {}
         if missing <= 0:
             return wishes
-        left = {peer: self._left(peer, now_us) for peer in peers}
+        left = {peer: self._left(peer, strict_us) for peer in peers}
         for peer in sorted(left, key=lambda peer: left[peer], reverse=True):
             tokens = min(missing, left[peer])
             if tokens <= 0:
@@ -213,25 +213,25 @@ class WaitQueue:
         self._wished[peer] = self._wished.get(peer, 0) + tokens
         self._all_wished += tokens
 
-    def accept(self, number: int, wish: Wish, ticket: Ticket, most: int, now_us: int) -> int:
+    def accept(self, number: int, wish: Wish, ticket: Ticket, max_home: int, strict_us: int) -> int:
         """Serve waiting requests from a ticket that has arrived.
 
         Args:
             number: see `StrictBucket.wish`.
-            most: see `StrictBucket.paid`.
+            max_home: see `StrictBucket.receive_payment`.
 
         Returns:
             The amount to give back to the peer.
         """
         peer = wish.peer
         self.end_wish(peer, wish.tokens)
-        self.policy.note_left(peer, ticket.left, most, now_us)
+        self.policy.note_left(peer, ticket.left, max_home, strict_us)
         bucket = self.policy.bucket
-        added = bucket.accept(number, peer, ticket.tokens, most, now_us)
+        added = bucket.accept(number, peer, ticket.tokens, max_home, strict_us)
         if not added:
             return ticket.tokens * TOKEN
         try:
-            self.serve(now_us, SERVED_AT_ONCE)
+            self.serve(strict_us, SERVED_AT_ONCE)
         finally:
             returned = bucket.take_rest(peer, added)
         self.policy.add_left(peer, returned)
@@ -253,6 +253,6 @@ class WaitQueue:
         else:
             del self._wished[peer]
 
-    def _left(self, peer: str, now_us: int) -> int:
+    def _left(self, peer: str, strict_us: int) -> int:
         """The whole tokens that a peer is believed to have, less those wished for already."""
-        return max(0, self.policy.believed(peer, now_us) // TOKEN - self._wished.get(peer, 0))
+        return max(0, self.policy.believed(peer, strict_us) // TOKEN - self._wished.get(peer, 0))

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from heapq import merge
 
 from ratelimit_sidecar.crdt.bucket import Origin
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.crdt.token_bucket import TokenBucket
 
 MAX_ERROR_SHARE = 0.01
@@ -33,7 +33,7 @@ the comparison says nothing.
 class OneBucket:
     """One bucket for all regions, with no replication between it and them: what the sidecars are measured against."""
 
-    def __init__(self, limit: Limit) -> None:
+    def __init__(self, limit: TokenBucketLimit) -> None:
         self._limit = limit
         self._bucket: TokenBucket | None = None
         self.admitted = 0
@@ -79,7 +79,7 @@ class Verdict:
 
 
 def judge(
-    limit: Limit,
+    limit: TokenBucketLimit,
     *,
     admitted: int,
     errors: int,

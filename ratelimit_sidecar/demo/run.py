@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ratelimit_sidecar.config.rules_file import load_rules
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.demo import DemoError
 from ratelimit_sidecar.demo.bootstrap import DOMAIN
 from ratelimit_sidecar.demo.lag import LagMeter
@@ -119,7 +119,7 @@ async def _show_end_of_alert(observers: Addresses, shown: asyncio.Task[None], co
 
 
 async def _send_traffic(
-    regions: list[Region], limit: Limit, rate: float, stop: asyncio.Event, console: Console
+    regions: list[Region], limit: TokenBucketLimit, rate: float, stop: asyncio.Event, console: Console
 ) -> Verdict:
     total_rate = rate * len(regions)
     console.print(
@@ -151,10 +151,10 @@ async def _send_traffic(
     return verdict
 
 
-def _agents_limit(rules: Path) -> Limit:
+def _agents_limit(rules: Path) -> TokenBucketLimit:
     loaded = load_rules([rules])
     match = loaded.match(DOMAIN, [("agent", AGENT)])
-    if match is None or not isinstance(match.rule.limit, Limit):
+    if match is None or not isinstance(match.rule.limit, TokenBucketLimit):
         raise NotLimited(f"{rules} puts no token bucket on an agent of the domain {DOMAIN}")
     return match.rule.limit
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from ratelimit_sidecar.crdt.granted import DrawReply, DrawRequest, GrantedBucket, Needs
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.crdt.room import Room
 from ratelimit_sidecar.crdt.shares import TOKEN, home_of
 from ratelimit_sidecar.fabric.scripts import class_of
@@ -71,7 +71,7 @@ class AccountCalls:
             bucket.home = self._home(bucket.key, bucket.limit)
         return Asked(bucket, bucket.draw(needs), self._lineage)
 
-    def _home(self, key: bytes, limit: Limit) -> int:
+    def _home(self, key: bytes, limit: TokenBucketLimit) -> int:
         return min((home_of(weights, self._region, key, limit.capacity) for weights in self._members), default=0)
 
     def arguments(self, asked: Iterable[Asked], sent_us: int) -> list[bytes | str]:
@@ -82,7 +82,7 @@ class AccountCalls:
         self._number += 1
         arguments: list[bytes | str] = [
             *(secrets.token_hex(8), self._caller, str(self._number), str(self._answered)),
-            *(self._lineage, self._version, str(-(-self._room.most // self._shards))),
+            *(self._lineage, self._version, str(-(-self._room.max_buckets // self._shards))),
         ]
         for each in asked:
             limit, request, home = each.bucket.limit, each.request, each.bucket.home // TOKEN

@@ -167,12 +167,12 @@ class Drawing:
         left = TICK_BUCKETS
         for _ in range(min(self._ledger.active, LOOKED_BUCKETS)):
             await time_slice.rest_when_due()
-            now_us = self._strict_us()
-            bucket = self._ledger.next_active(now_us)
+            strict_us = self._strict_us()
+            bucket = self._ledger.next_active(strict_us)
             if bucket is None:
                 continue
             left -= 1
-            needed = needs_of(bucket, now_us)
+            needed = needs_of(bucket, strict_us)
             if needed is not None:
                 number = self._keys.shard_of(bucket.key)
                 said = self._shards[number].ask(bucket, needed)

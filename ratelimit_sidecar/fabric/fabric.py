@@ -88,12 +88,12 @@ class Fabric:
         self._back_off = BackOff(FIRST_WAIT_SECONDS, MAX_WAIT_SECONDS)
         self._odd_logged_at: float | None = None
         self._gateway = None
-        steady_us = now_us if strict_us is None else strict_us
-        self.drawing = None if ledger is None else Drawing(connect, keys, ledger, steady_us, region=region)
+        strict_us = now_us if strict_us is None else strict_us
+        self.drawing = None if ledger is None else Drawing(connect, keys, ledger, strict_us, region=region)
         if mesh_of is not None:
             self._gateway = Gateway(
                 *(connect, keys, store, now_us, self.status),
-                strict_us=steady_us,
+                strict_us=strict_us,
                 region=region,
                 mesh_of=mesh_of,
                 ledger=ledger,
@@ -270,7 +270,7 @@ class Fabric:
     def _call(self, number: int, asks: Sequence[Ask]) -> ScriptCall:
         keys = self._keys.shards[number]
         names = [name for each in asks for name in keys.of_bucket(each.bucket.key)]
-        places = self._keys.places(self._store.room.most)
+        places = self._keys.places(self._store.room.max_buckets)
         return [keys.clock, keys.changed, keys.held, *names], [
             *(secrets.token_hex(8), self._life, keys.head, str(places)),
             *[each.text for each in asks],

@@ -8,7 +8,7 @@ from typing import Final
 
 from ratelimit_sidecar.crdt.bucket import NO_BASE, Base, Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.journal import is_nearly_used_up
-from ratelimit_sidecar.crdt.limit import MAX_AHEAD_US, MAX_EXPONENT, MIN_EXPONENT, AnyLimit, Limit, Window
+from ratelimit_sidecar.crdt.limit import MAX_AHEAD_US, MAX_EXPONENT, MIN_EXPONENT, AnyLimit, TokenBucketLimit, Window
 from ratelimit_sidecar.crdt.slot import REFUND, slot_exponent, slot_start_us
 from ratelimit_sidecar.crdt.token_bucket import SEAL_BATCH_SLOTS, sealed
 from ratelimit_sidecar.fabric.scripts import MAX_SLOTS, ROOM_SHARE, URGENT_ROOM_SHARE, class_of
@@ -44,7 +44,7 @@ def counts_of(bucket: Bucket, without: Origin, slots: Iterable[int] | None) -> d
     Args:
         slots: the slots that are asked for; None for all.
     """
-    is_window = not isinstance(bucket.limit, Limit)
+    is_window = not isinstance(bucket.limit, TokenBucketLimit)
     wanted = None if slots is None else set(slots)
     sums: dict[int, int] = {}
     for origin, counts in bucket.taken.items():
@@ -98,7 +98,7 @@ def read_counts(text: bytes, limit: AnyLimit, origin: Origin, now_us: int) -> An
     base_text, _, counts = text.partition(b";")
     counts, _, others = counts.partition(b";")
     entries = _entries(origin, counts)
-    if not isinstance(limit, Limit):
+    if not isinstance(limit, TokenBucketLimit):
         return Answer(None, entries)
     try:
         base = read_base(base_text, limit) if base_text else None
@@ -137,7 +137,7 @@ def _state_text(bucket: Bucket, now_us: int, *, has_base: bool = True, is_quiet:
     bucket.advance(now_us)
     limit = bucket.limit
     base = "0 0 0 0"
-    if isinstance(limit, Limit):
+    if isinstance(limit, TokenBucketLimit):
         # A replica whose base is behind still asks for what it has not folded.
         span_us = limit.horizon_us + (2 * SEAL_BATCH_SLOTS << limit.exponent)
         if has_base:

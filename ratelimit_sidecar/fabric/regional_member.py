@@ -10,9 +10,9 @@ from typing import Any, Final
 from redis import exceptions
 
 from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.crdt.gateway_ledger import GatewayLedger, gateway_needs
 from ratelimit_sidecar.crdt.granted import COUNTED_US, GrantLedger
 from ratelimit_sidecar.crdt.limit import AnyLimit
-from ratelimit_sidecar.crdt.regional import RegionalLedger, regional_needs
 from ratelimit_sidecar.crdt.shares import Shares
 from ratelimit_sidecar.fabric.account_calls import members_text
 from ratelimit_sidecar.fabric.accounts import BEAT
@@ -48,12 +48,10 @@ class RegionalMember:
         self.origin = Origin(self._shares.node, secrets.randbelow(2**64 - 1) + 1)
         """The mesh's origin: a member of strict limits has one name, whichever sidecar is the gateway."""
         self._limits = ledger
-        most, rule_key = ledger.room.most, ledger.room.rule_key
-        self._ledger = RegionalLedger(
-            self._shares, self.origin, self._limit_of_key, max_buckets=most, rule_key=rule_key
-        )
+        most, rule_key = ledger.room.max_buckets, ledger.room.rule_key
+        self._ledger = GatewayLedger(self._shares, self.origin, self._limit_of_key, max_buckets=most, rule_key=rule_key)
         self.payments = PaymentExchange(self._ledger, strict_us)
-        self.drawing = Drawing(connect, keys, self._ledger, strict_us, region=self._shares.node, needs=regional_needs)
+        self.drawing = Drawing(connect, keys, self._ledger, strict_us, region=self._shares.node, needs=gateway_needs)
         self._cursors = ["0" for _ in keys.shards]
         """Where the search for accounts that can be dropped goes on, by shard."""
         self._settled_us = self._beaten_us
@@ -79,10 +77,10 @@ class RegionalMember:
                 call that the server does not permit raises nothing, since other limits can do without: the sidecars log
                 it.
         """
-        now_us = self._strict_us()
-        every_us, self._beaten_us = now_us - self._beaten_us, now_us
-        self._ledger.sweep(now_us, SWEPT_BUCKETS)
-        members, epoch = members_text(self._shares.in_force(now_us)), str(self._shares.membership.epoch)
+        strict_us = self._strict_us()
+        every_us, self._beaten_us = strict_us - self._beaten_us, strict_us
+        self._ledger.sweep(strict_us, SWEPT_BUCKETS)
+        members, epoch = members_text(self._shares.in_force(strict_us)), str(self._shares.membership.epoch)
         calls: list[ScriptCall] = [
             (
                 [*keys.of_accounts, keys.fence],

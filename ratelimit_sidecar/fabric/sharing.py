@@ -230,7 +230,7 @@ class Sharing:
     def note_own(self, bucket: Bucket, now_us: int) -> None:
         """Have all own counts of this bucket told, and its base, if there are any."""
         # A bucket that is never replicated has no journal.
-        if bucket.journal is None or (bucket.base_to_send is None and not self._own_counts(bucket, None)):
+        if not bucket.is_replicated or (bucket.base_to_send is None and not self._own_counts(bucket, None)):
             return
         shared = self._busy.get(bucket.key) or self._resting.get(bucket.key)
         if shared is None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-from ratelimit_sidecar.crdt.limit import AnyLimit, Limit, Window, WindowLimit
+from ratelimit_sidecar.crdt.limit import AnyLimit, TokenBucketLimit, Window, WindowLimit
 
 TOKEN: Final = 1_000_000_000
 """One token per second, as a rate."""
@@ -66,7 +66,7 @@ class ShareBase(NamedTuple):
 
 
 def share_base_of(limit: AnyLimit) -> ShareBase:
-    tokens = limit.tokens if isinstance(limit, Limit) else limit.requests
+    tokens = limit.tokens if isinstance(limit, TokenBucketLimit) else limit.requests
     rate = tokens * SECOND_US * TOKEN // limit.period_us
     burst = limit.capacity
     if isinstance(limit, WindowLimit):
@@ -104,7 +104,7 @@ def noticeable(previous: Assignment | None, new: Assignment) -> Assignment:
     return new._replace(tokens_per_fill=max(1, new.tokens_per_fill - 1))
 
 
-def within_debt(limit: Limit, rate: int, used: int) -> int:
+def within_debt(limit: TokenBucketLimit, rate: int, used: int) -> int:
     """The rate that may be shared while `used` tokens of a token bucket are used.
 
     It is the whole rate, less what brings the bucket back within `REPAY_S`, or its refill time if that is longer.

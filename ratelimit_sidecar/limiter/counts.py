@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 from ratelimit_sidecar.crdt.bucket import Bucket
 
 if TYPE_CHECKING:
-    from ratelimit_sidecar.limiter.plan import Step
+    from ratelimit_sidecar.limiter.plan import PlannedTake
 
 MAX_NAMES: Final = 10_000
 """The most names with counters of their own. Rules may put values of requests into names, and callers can invent
@@ -63,18 +63,18 @@ class RuleCounts:
         if is_ruled:
             self.unlimited_hits += hits
 
-    def deny(self, step: Step, bucket: Bucket, *, is_charged: bool) -> None:
+    def deny(self, take: PlannedTake, bucket: Bucket, *, is_charged: bool) -> None:
         """Count a denied descriptor. `Limiter.decide` itself counts admitted ones.
 
         Args:
             bucket: the bucket after the decision.
-            is_charged: False when nothing of the request is charged, whatever the step says.
+            is_charged: False when nothing of the request is charged, whatever the take says.
         """
-        hits, compiled = step.hits, step.compiled
+        hits, compiled = take.hits, take.compiled
         self.over_limit += 1
         self.denied_hits += hits
         over = hits
-        if step.charges_denied and is_charged:
+        if take.charges_denied and is_charged:
             self.charged_hits += hits
             over = min(hits, bucket.debt)
             # The part of these hits that was still within the limit.

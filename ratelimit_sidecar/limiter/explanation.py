@@ -130,19 +130,19 @@ def explain(
             descriptor.entries.add(key=key, value=value)
     raw = request.SerializeToString()
     limiter = Limiter(made_local(rules), Origin("explain", 1), settings)
-    steps = limiter.plan(raw).steps
+    takes = limiter.plan(raw).takes
     response = RateLimitResponse.FromString(limiter.decide(raw, now_us))
     explained = []
-    for entries, step, status in zip(descriptors, steps, response.statuses, strict=True):
+    for entries, take, status in zip(descriptors, takes, response.statuses, strict=True):
         match = rules.match(domain, entries)
-        bucket = limiter.store.get(step.bucket_key)
+        bucket = limiter.store.get(take.bucket_key)
         explained.append(
             DescriptorExplanation(
                 entries=tuple(entries),
                 levels=tuple(_explain_levels(rules, domain, entries)),
                 match=match,
                 why_unlimited="" if match is not None else why_unlimited(rules, domain, entries),
-                is_replaced=match is not None and step.rule is None,
+                is_replaced=match is not None and take.rule is None,
                 status=status,
                 full_in_us=0 if bucket is None else bucket.full_in_us,
             )

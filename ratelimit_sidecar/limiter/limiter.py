@@ -2,7 +2,7 @@
 
 A *plan* says which buckets a request takes from and how much. It is a pure function of the request's bytes and the
 rules, so it is kept by those bytes in a bounded cache: a proxy sends the same few thousand requests over and over.
-`answer.py` adds headers, bodies and metadata to the answer.
+`decorations.py` adds headers, bodies and metadata to the answer.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Final, NamedTuple
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
-from ratelimit_sidecar.crdt.limit import AnyLimit, Limit, Window, WindowLimit
+from ratelimit_sidecar.crdt.limit import AnyLimit, TokenBucketLimit, Window, WindowLimit
 from ratelimit_sidecar.crdt.store import DEFAULT_MAX_BUCKETS, Store, StoreFull
-from ratelimit_sidecar.crdt.waiting import Waiting
+from ratelimit_sidecar.crdt.waiting import PendingDecision
 from ratelimit_sidecar.crdt.window import FixedWindow, SlidingWindow
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
-from ratelimit_sidecar.limiter.answer import Decorations, metadata_of_request
 from ratelimit_sidecar.limiter.counts import CountsByRule, counts_of, has_room_for
+from ratelimit_sidecar.limiter.decorations import Decorations, metadata_of_request
 from ratelimit_sidecar.limiter.encoding import (
     OVERALL_OK,
     OVERALL_OVER_LIMIT,
@@ -29,7 +29,7 @@ from ratelimit_sidecar.limiter.encoding import (
     status_head,
 )
 from ratelimit_sidecar.limiter.key import overflow_keys, rule_key
-from ratelimit_sidecar.limiter.plan import CompiledRule, Plan, Step
+from ratelimit_sidecar.limiter.plan import CompiledRule, Plan, PlannedTake
 from ratelimit_sidecar.limiter.plan_cache import PlanCache
 from ratelimit_sidecar.limiter.request import Descriptor, read_request
 from ratelimit_sidecar.limiter.rules import Charge, Consistency, Match, Rule, Rules, Unit
@@ -94,8 +94,7 @@ class Limiter:
         self.store = Store(origin, rules.replicated_limit_of_key, max_buckets=max_buckets, rule_key=rule_key)
         self.ledger = ledger
         self.clock_steps_us = 0
-        """The sum of the clock's steps since start. The time given to strict buckets is `now_us` less this sum, so it
-        never steps."""
+        """The sum of the clock's steps since start: `now_us` less this is `strict_us`, which never steps."""
         self.counts: CountsByRule = {}
         self.overflow_decisions: Counter[tuple[str, str]] = Counter()
         """Descriptors that an overflow bucket decided, by (domain, rule name). They are also in `counts`."""
@@ -107,7 +106,7 @@ class Limiter:
             None,
             None,
             bare_status(_OK, 0),
-            is_quota=self.settings.quota_mode,
+            in_quota_mode=self.settings.quota_mode,
             is_decorated=self._decorations.are_wanted(None),
         )
         self._compiled: dict[int, CompiledRule] = {}
@@ -178,7 +177,7 @@ class Limiter:
         plan = self.last_plan = self.plan(request)
         return self._decide(plan, now_us, in_full)
 
-    def decide_or_wait(self, request: bytes, now_us: int, in_full: bool = False) -> bytes | Waiting:
+    def decide_or_wait(self, request: bytes, now_us: int, in_full: bool = False) -> bytes | PendingDecision:
         """As `decide`, but a request may wait if exactly one of its buckets is short, and that bucket's rule has
         `wait`.
 
@@ -192,20 +191,20 @@ class Limiter:
                 return waiting
         return self._decide(plan, now_us, in_full)
 
-    def _wait(self, plan: Plan, request: bytes, now_us: int, in_full: bool) -> Waiting | None:
-        short: Step | None = None
+    def _wait(self, plan: Plan, request: bytes, now_us: int, in_full: bool) -> PendingDecision | None:
+        short: PlannedTake | None = None
         key = b""
-        for step in plan.steps:
-            compiled = step.compiled
+        for take in plan.takes:
+            compiled = take.compiled
             if compiled.limit is None or compiled.is_shadow:
                 continue
-            at_us = now_us - self.clock_steps_us if compiled.is_strict else now_us
-            bucket = self._bucket(step, compiled.limit, at_us)
-            if bucket.would_admit(step.hits, at_us):
+            at_us = self._time_of(compiled, now_us)
+            bucket = self._bucket(take, compiled.limit, at_us)
+            if bucket.would_admit(take.hits, at_us):
                 continue
-            if short is not None or not step.may_wait:
+            if short is not None or not take.may_wait:
                 return None
-            short, key = step, bucket.key
+            short, key = take, bucket.key
         if short is None:
             return None
         assert self.ledger is not None
@@ -213,32 +212,39 @@ class Limiter:
         def decide(strict_us: int) -> bytes:
             return self.decide(request, strict_us + self.clock_steps_us, in_full)
 
-        waiting = Waiting(short.hits, decide, short.compiled.wait_us)
+        waiting = PendingDecision(short.hits, decide, short.compiled.wait_us)
         return waiting if self.ledger.wait(key, waiting, now_us - self.clock_steps_us) else None
+
+    def _time_of(self, compiled: CompiledRule, now_us: int) -> int:
+        """The time by the clock of the rule's buckets: that of strict ones never steps."""
+        return now_us - self.clock_steps_us if compiled.is_strict else now_us
 
     def _decide(self, plan: Plan, now_us: int, in_full: bool) -> bytes:
         if plan.gives_back:
             self._give_back(plan, now_us)
         withholds = plan.all_or_nothing and self._is_denied(plan, now_us)
         statuses = b""
-        over = quotas_over = 0
+        over = quota_mode_over = 0
         evicted = self.store.evicted
         buckets: list[Bucket | None] = []
-        for step in plan.steps:
-            compiled, hits, counts = step.compiled, step.hits, step.counts
+        for take in plan.takes:
+            compiled, hits, counts = take.compiled, take.hits, take.counts
             if compiled.limit is None:
                 counts.pass_unlimited(hits, is_ruled=compiled.rule is not None)
                 statuses += compiled.ok_head
                 buckets.append(None)
                 continue
-            at_us = now_us - self.clock_steps_us if compiled.is_strict else now_us
-            bucket = step.bucket
-            if bucket is None or step.evicted != evicted or bucket.limit is not step.limit:
-                bucket = self._bucket(step, compiled.limit, at_us)
-                if bucket.key != step.bucket_key:
-                    self._note_overflow(plan.domain, step)
-            is_charged = not withholds or step.charges_always
-            if bucket.take(hits, at_us, always=step.charges_always) if is_charged else bucket.would_admit(hits, at_us):
+            at_us = self._time_of(compiled, now_us)
+            bucket = take.bucket
+            if bucket is None or take.evicted != evicted or bucket.limit is not take.limit:
+                bucket = self._bucket(take, compiled.limit, at_us)
+                if bucket.key != take.bucket_key:
+                    self._note_overflow(plan.domain, take)
+            is_charged = not withholds or take.charges_always
+            is_admitted = (
+                bucket.take(hits, at_us, always=take.charges_always) if is_charged else bucket.would_admit(hits, at_us)
+            )
+            if is_admitted:
                 remaining = bucket.remaining
                 counts.ok += 1
                 if is_charged:
@@ -249,77 +255,77 @@ class Limiter:
                 beginning = compiled.ok_head
             else:
                 remaining = bucket.remaining
-                counts.deny(step, bucket, is_charged=is_charged)
+                counts.deny(take, bucket, is_charged=is_charged)
                 beginning = compiled.over_head
                 if not compiled.is_shadow:
-                    if compiled.is_quota:
-                        quotas_over += 1
+                    if compiled.in_quota_mode:
+                        quota_mode_over += 1
                     else:
                         over += 1
             statuses += encode_status(beginning, remaining, bucket.full_in_us)
             buckets.append(bucket)
-        is_denied = _is_over(plan, over, quotas_over) and not self.settings.shadow_mode
+        is_denied = _is_over(plan, over, quota_mode_over) and not self.settings.shadow_mode
         overall = OVERALL_OVER_LIMIT if is_denied else OVERALL_OK
         answer = overall + statuses
         return self._decorated(answer, plan, buckets, in_full) if plan.is_decorated or in_full else answer
 
     def _give_back(self, plan: Plan, now_us: int) -> None:
-        """Give tokens back before any step takes some, whatever the order of the descriptors.
+        """Give tokens back before any are taken, whatever the order of the descriptors.
 
         Only token buckets that are not strict give back: what several sidecars give back of one window is not summed,
         so takes of others would be forgotten.
         """
-        for step in plan.steps:
-            if step.gives_back and not step.compiled.is_strict and isinstance(step.compiled.limit, Limit):
-                step.counts.given_back += self._bucket_at(step, now_us).refund(step.gives_back, now_us)
+        for take in plan.takes:
+            if take.gives_back and not take.compiled.is_strict and isinstance(take.compiled.limit, TokenBucketLimit):
+                take.counts.given_back += self._bucket_at(take, now_us).refund(take.gives_back, now_us)
 
-    def quota_step(self, domain: str, entries: Sequence[tuple[str, str]]) -> Step:
-        """The step of a descriptor that an Envoy decides by itself, for `charge`, `used` and `left_within`. It belongs
-        to the current rules.
+    def rlqs_take(self, domain: str, entries: Sequence[tuple[str, str]]) -> PlannedTake:
+        """The take of a descriptor that an Envoy decides by itself (RLQS), for `charge`, `used` and `left_within`. It
+        belongs to the current rules.
 
         Args:
             entries: texts from `text_of`.
         """
-        return self._make_step(domain, self.rules.match(domain, entries) if entries else None, 1, None)
+        return self._make_take(domain, self.rules.match(domain, entries) if entries else None, 1, None)
 
-    def charge(self, step: Step, hits: int, now_us: int) -> None:
+    def charge(self, take: PlannedTake, hits: int, now_us: int) -> None:
         """Take hits that an Envoy has admitted. If there are too few tokens, the missing ones become debt."""
-        self._bucket_at(step, now_us).take(min(hits, MAX_HITS), now_us, always=True)
+        self._bucket_at(take, now_us).take(min(hits, MAX_HITS), now_us, always=True)
 
-    def used(self, step: Step, now_us: int) -> int:
+    def used(self, take: PlannedTake, now_us: int) -> int:
         """Tokens taken of a token bucket, those beyond the limit included."""
-        bucket = self._bucket_at(step, now_us)
+        bucket = self._bucket_at(take, now_us)
         bucket.advance(now_us)
         return bucket.limit.capacity - bucket.remaining + bucket.debt
 
-    def left_within(self, step: Step, us: int, now_us: int) -> int:
+    def left_within(self, take: PlannedTake, us: int, now_us: int) -> int:
         """Tokens of a window that can be taken evenly in the next `us` microseconds."""
-        bucket = self._bucket_at(step, now_us)
+        bucket = self._bucket_at(take, now_us)
         assert isinstance(bucket, (FixedWindow, SlidingWindow))
         bucket.advance(now_us)
         return bucket.left_within(us)
 
-    def _bucket_at(self, step: Step, now_us: int) -> Bucket:
-        bucket = step.bucket
-        if bucket is None or step.evicted != self.store.evicted or bucket.limit is not step.limit:
-            assert step.compiled.limit is not None
-            bucket = self._bucket(step, step.compiled.limit, now_us)
+    def _bucket_at(self, take: PlannedTake, now_us: int) -> Bucket:
+        bucket = take.bucket
+        if bucket is None or take.evicted != self.store.evicted or bucket.limit is not take.limit:
+            assert take.compiled.limit is not None
+            bucket = self._bucket(take, take.compiled.limit, now_us)
         return bucket
 
     def _is_denied(self, plan: Plan, now_us: int) -> bool:
         """Return whether `decide` would deny the request, without charging anything."""
-        over = quotas_over = 0
-        for step in plan.steps:
-            compiled = step.compiled
+        over = quota_mode_over = 0
+        for take in plan.takes:
+            compiled = take.compiled
             if compiled.limit is None or compiled.is_shadow:
                 continue
-            at_us = now_us - self.clock_steps_us if compiled.is_strict else now_us
-            if not self._bucket(step, compiled.limit, at_us).would_admit(step.hits, at_us):
-                if compiled.is_quota:
-                    quotas_over += 1
+            at_us = self._time_of(compiled, now_us)
+            if not self._bucket(take, compiled.limit, at_us).would_admit(take.hits, at_us):
+                if compiled.in_quota_mode:
+                    quota_mode_over += 1
                 else:
                     over += 1
-        return _is_over(plan, over, quotas_over)
+        return _is_over(plan, over, quota_mode_over)
 
     def _decorated(self, answer: bytes, plan: Plan, buckets: Sequence[Bucket | None], in_full: bool) -> bytes:
         response = RateLimitResponse.FromString(answer)
@@ -349,24 +355,24 @@ class Limiter:
         """How often since start a plan was in the cache, and how often it was made."""
         return PlanCounts(self._plan_hits, self._plan_misses)
 
-    def _note_overflow(self, domain: str, step: Step) -> None:
-        rule = step.rule
+    def _note_overflow(self, domain: str, take: PlannedTake) -> None:
+        rule = take.rule
         assert rule is not None
         self.overflow_decisions[self._label(domain), rule.name] += 1
 
-    def _bucket(self, step: Step, limit: AnyLimit, at_us: int) -> Bucket:
-        """The step's bucket, or an overflow bucket if there is no room for it."""
+    def _bucket(self, take: PlannedTake, limit: AnyLimit, at_us: int) -> Bucket:
+        """The take's bucket, or an overflow bucket if there is no room for it."""
         try:
-            bucket = self._bucket_of_key(step, step.bucket_key, limit, at_us)
+            bucket = self._bucket_of_key(take, take.bucket_key, limit, at_us)
         except StoreFull:
-            return self._overflow_bucket(step, at_us)
-        if not step.compiled.is_strict:
-            step.bucket, step.evicted, step.limit = bucket, self.store.evicted, bucket.limit
+            return self._overflow_bucket(take, at_us)
+        if not take.compiled.is_strict:
+            take.bucket, take.evicted, take.limit = bucket, self.store.evicted, bucket.limit
         return bucket
 
-    def _overflow_bucket(self, step: Step, at_us: int) -> Bucket:
-        for key in overflow_keys(step.bucket_key):
-            limit = step.compiled.limit
+    def _overflow_bucket(self, take: PlannedTake, at_us: int) -> Bucket:
+        for key in overflow_keys(take.bucket_key):
+            limit = take.compiled.limit
             if not isinstance(limit, WindowLimit):
                 # The limit of a request is rounded in the bucket key, so that there are few such buckets. A rule whose
                 # usage Envoys have reported may be gone when it is charged.
@@ -374,17 +380,17 @@ class Limiter:
                 limit = limit if rule is None else rule.limit
             assert limit is not None
             try:
-                return self._bucket_of_key(step, key, limit, at_us)
+                return self._bucket_of_key(take, key, limit, at_us)
             except StoreFull:
                 continue
         raise AssertionError("the last overflow bucket of a rule has room always")
 
-    def _bucket_of_key(self, step: Step, key: bytes, limit: AnyLimit, at_us: int) -> Bucket:
-        if step.compiled.is_strict:
+    def _bucket_of_key(self, take: PlannedTake, key: bytes, limit: AnyLimit, at_us: int) -> Bucket:
+        if take.compiled.is_strict:
             assert self.ledger is not None
-            assert isinstance(limit, Limit)
+            assert isinstance(limit, TokenBucketLimit)
             return self.ledger.bucket(key, limit, at_us)
-        return self.store.bucket(key, limit, at_us, replicated=step.compiled.is_replicated)
+        return self.store.bucket(key, limit, at_us, replicated=take.compiled.is_replicated)
 
     def _make_plan(self, raw: bytes) -> Plan:
         request = read_request(raw)
@@ -397,28 +403,28 @@ class Limiter:
             matches.append(match)
             if match is not None and match.rule.replaces:
                 replaced |= match.rule.replaces
-        steps: list[Step] = []
-        quotas = 0
+        takes: list[PlannedTake] = []
+        quota_mode_takes = 0
         gives_back = is_decorated = may_wait = False
         for at, descriptor in enumerate(request.descriptors):
             match = matches[at]
             if replaced and match is not None and _is_replaced(match.rule, replaced):
                 match = None
             is_negative = descriptor.is_negative
-            step = self._make_step(domain, match, hits, descriptor.hits, is_negative)
-            steps.append(step)
+            take = self._make_take(domain, match, hits, descriptor.hits, is_negative)
+            takes.append(take)
             gives_back = gives_back or is_negative
-            quotas += step.compiled.is_quota
-            is_decorated = is_decorated or step.compiled.is_decorated
-            may_wait = may_wait or step.may_wait
+            quota_mode_takes += take.compiled.in_quota_mode
+            is_decorated = is_decorated or take.compiled.is_decorated
+            may_wait = may_wait or take.may_wait
         if gives_back:
-            _charge_what_was_used(steps)
+            _charge_what_was_used(takes)
         wants_metadata = self.settings.dynamic_metadata
         return Plan(
             domain,
-            tuple(steps),
-            quotas=quotas,
-            metadata=metadata_of_request(request, steps) if wants_metadata else None,
+            tuple(takes),
+            quota_mode_takes=quota_mode_takes,
+            metadata=metadata_of_request(request, takes) if wants_metadata else None,
             descriptors=tuple([tuple(descriptor.entries) for descriptor in request.descriptors]),
             gives_back=gives_back,
             is_decorated=is_decorated,
@@ -447,10 +453,10 @@ class Limiter:
         # Without entries it is not limited, as in envoyproxy/ratelimit.
         return self.rules.match(domain, entries) if entries else None
 
-    def _make_step(
+    def _make_take(
         self, domain: str, match: Match | None, hits: int, own_hits: int | None, is_negative: bool = False
-    ) -> Step:
-        """Make the step of one descriptor.
+    ) -> PlannedTake:
+        """Make the take of one descriptor.
 
         Args:
             hits: the hits of the request.
@@ -463,7 +469,7 @@ class Limiter:
         if is_negative:
             hits, gives_back = 0, min(hits, MAX_HITS)
         if match is None:
-            return Step(self._unlimited, b"", hits, counts_of(self.counts, self._label(domain), "", ""))
+            return PlannedTake(self._unlimited, b"", hits, counts_of(self.counts, self._label(domain), "", ""))
         rule = match.rule
         compiled = self._compiled.get(id(rule))
         if compiled is None:
@@ -473,7 +479,7 @@ class Limiter:
                 self._compiled[id(rule)] = compiled
         counts = counts_of(self.counts, self._label(domain), match.metric_name, rule.name)
         always = rule.charge is Charge.ALWAYS or (rule.charge is Charge.REPORTED and own_hits is not None)
-        return Step(
+        return PlannedTake(
             compiled,
             match.bucket_key,
             min(hits, MAX_HITS),
@@ -501,31 +507,31 @@ class Limiter:
             is_shadow=rule.shadow_mode,
             is_replicated=rule.consistency is Consistency.EVENTUAL,
             is_strict=rule.consistency is Consistency.STRICT,
-            is_quota=rule.quota_mode or self.settings.quota_mode,
+            in_quota_mode=rule.quota_mode or self.settings.quota_mode,
             near_from=int(rule.limit.capacity * self.settings.near_limit_ratio),
             is_decorated=self._decorations.are_wanted(rule),
             wait_us=rule.wait_us if rule.consistency is Consistency.STRICT else 0,
         )
 
 
-def _charge_what_was_used(steps: Sequence[Step]) -> None:
-    """Charge steps always if the same request also gives tokens back to their bucket. Their hits are the real usage,
+def _charge_what_was_used(takes: Sequence[PlannedTake]) -> None:
+    """Charge takes always if the same request also gives tokens back to their bucket. Their hits are the real usage,
     which is already spent, so they count even over the limit.
     """
-    given_back = {step.bucket_key for step in steps if step.gives_back}
-    for step in steps:
-        if step.bucket_key in given_back:
-            step.charges_always = step.charges_denied = True
+    given_back = {take.bucket_key for take in takes if take.gives_back}
+    for take in takes:
+        if take.bucket_key in given_back:
+            take.charges_always = take.charges_denied = True
 
 
-def _is_over(plan: Plan, over: int, quotas_over: int) -> bool:
+def _is_over(plan: Plan, over: int, quota_mode_over: int) -> bool:
     """Whether the request is denied.
 
     Args:
-        over: the number of steps over their limit that are not in quota mode.
-        quotas_over: the number of those in quota mode.
+        over: the number of takes over their limit that are not in quota mode.
+        quota_mode_over: the number of those in quota mode.
     """
-    return over > 0 or quotas_over == plan.quotas > 0
+    return over > 0 or quota_mode_over == plan.quota_mode_takes > 0
 
 
 def _is_replaced(rule: Rule, replaced: frozenset[str]) -> bool:

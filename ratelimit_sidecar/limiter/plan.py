@@ -24,8 +24,8 @@ class CompiledRule:
         over_head: the beginning of the status of a denied one.
         is_shadow: True if a denied descriptor is answered with OK.
         is_replicated: True if takes are sent to peers.
-        is_strict: True if it takes from this replica's share only.
-        is_quota: True if this rule alone, over its limit, does not make the answer OVER_LIMIT.
+        is_strict: True if it takes from this replica's purse only.
+        in_quota_mode: True if this rule alone, over its limit, does not make the answer OVER_LIMIT.
         near_from: hits above this number of tokens are near the limit.
         is_decorated: True if the answer may have headers, a body or metadata.
         wait_us: how long a request may wait for tokens.
@@ -38,16 +38,16 @@ class CompiledRule:
     is_shadow: bool = False
     is_replicated: bool = False
     is_strict: bool = False
-    is_quota: bool = False
+    in_quota_mode: bool = False
     near_from: int = 0
     is_decorated: bool = False
     wait_us: int = 0
 
 
-class Step:
+class PlannedTake:
     """One descriptor of a request: what to take from which bucket.
 
-    It is no dataclass, because mypyc leaves the constructor of one interpreted, and every new request makes steps.
+    It is no dataclass, because mypyc leaves the constructor of one interpreted, and every new request makes takes.
 
     Args:
         hits: tokens to take; 0 checks and charges nothing.
@@ -103,21 +103,21 @@ class Step:
     def may_wait(self) -> bool:
         """True if its request may wait for tokens: it is denied without them, and takes them when they come."""
         compiled = self.compiled
-        is_denying = not compiled.is_shadow and not compiled.is_quota
+        is_denying = not compiled.is_shadow and not compiled.in_quota_mode
         return compiled.wait_us > 0 and is_denying and self.hits > 0 and not self.charges_always
 
 
 class Plan:
-    """Everything needed to decide one request. No dataclass, for the same reason as `Step`.
+    """Everything needed to decide one request. No dataclass, for the same reason as `PlannedTake`.
 
     Args:
-        quotas: the number of steps in quota mode.
+        quota_mode_takes: the number of takes in quota mode.
         metadata: the answer's dynamic metadata about the request; None when it is not wanted.
         descriptors: the entries of each descriptor, in order.
-        gives_back: True if a step gives tokens back.
-        is_decorated: True if one of the steps' rules is.
-        all_or_nothing: True if a denied request is charged nothing, except steps that are always charged.
-        may_wait: True if one of the steps may wait.
+        gives_back: True if a take gives tokens back.
+        is_decorated: True if one of the takes' rules is.
+        all_or_nothing: True if a denied request is charged nothing, except takes that are always charged.
+        may_wait: True if one of the takes may wait.
     """
 
     __slots__ = (
@@ -128,16 +128,16 @@ class Plan:
         "is_decorated",
         "may_wait",
         "metadata",
-        "quotas",
-        "steps",
+        "quota_mode_takes",
+        "takes",
     )
 
     def __init__(
         self,
         domain: str,
-        steps: tuple[Step, ...],
+        takes: tuple[PlannedTake, ...],
         *,
-        quotas: int,
+        quota_mode_takes: int,
         metadata: Mapping[str, Any] | None,
         descriptors: tuple[tuple[tuple[str, str], ...], ...],
         gives_back: bool,
@@ -146,8 +146,8 @@ class Plan:
         may_wait: bool,
     ) -> None:
         self.domain = domain
-        self.steps = steps
-        self.quotas = quotas
+        self.takes = takes
+        self.quota_mode_takes = quota_mode_takes
         self.metadata = metadata
         self.descriptors = descriptors
         self.gives_back = gives_back

@@ -66,15 +66,15 @@ def _bytes_of(request: bytes, plan: Plan) -> int:
     entries = 0
     for descriptor in plan.descriptors:
         entries += len(descriptor)
-    return 300 + 3 * len(request) + 400 * len(plan.steps) + 200 * entries
+    return 300 + 3 * len(request) + 400 * len(plan.takes) + 200 * entries
 
 
 def _untrack(plan: Plan) -> None:
     """Make the cycle collector ignore a plan. It is in no cycle."""
     untrack(plan)
-    untrack(plan.steps)
-    for step in plan.steps:
-        untrack(step)
+    untrack(plan.takes)
+    for take in plan.takes:
+        untrack(take)
     untrack(plan.descriptors)
     for descriptor in plan.descriptors:
         untrack(descriptor)

@@ -34,7 +34,7 @@ from ratelimit_sidecar.limiter.assignment import (
 from ratelimit_sidecar.limiter.demand_log import DemandLog
 from ratelimit_sidecar.limiter.fair_shares import Group
 from ratelimit_sidecar.limiter.limiter import MAX_HITS, Limiter
-from ratelimit_sidecar.limiter.plan import Step
+from ratelimit_sidecar.limiter.plan import PlannedTake
 from ratelimit_sidecar.limiter.quota_charges import Charges
 from ratelimit_sidecar.limiter.quota_division import IDLE_PART, Division
 from ratelimit_sidecar.limiter.quota_pool import (
@@ -175,8 +175,8 @@ class Quotas:
     `tick` regularly.
 
     Args:
-        now_us: the time of the start.
-        charge_us: returns the time of the limiter's clock, by which buckets are charged.
+        strict_us: the time of the start; all times here are of the clock of strict limits, which never steps.
+        now_us: returns the wall clock, by which buckets are charged.
         max_pools: limits of which some Envoy has a part.
         max_envoy_buckets: of all Envoys together.
     """
@@ -184,8 +184,8 @@ class Quotas:
     def __init__(
         self,
         limiter: Limiter,
-        now_us: int,
-        charge_us: Callable[[], int],
+        strict_us: int,
+        now_us: Callable[[], int],
         *,
         learning_us: int = LEARNING_US,
         max_pools: int = MAX_POOLS,
@@ -194,9 +194,9 @@ class Quotas:
         self._limiter = limiter
         self._max_pools = max_pools
         self._max_envoy_buckets = max_envoy_buckets
-        self._charges = Charges(limiter, charge_us)
-        self._division = Division(limiter, charge_us)
-        self._learns_until_us = now_us + learning_us
+        self._charges = Charges(limiter, now_us)
+        self._division = Division(limiter, now_us)
+        self._learns_until_us = strict_us + learning_us
         self._is_learning = True
         self.counts = QuotaCounts()
         self.streams: dict[QuotaStream, None] = {}
@@ -234,7 +234,7 @@ class Quotas:
         if stream.buckets:
             self._closed.append(stream)
 
-    def drop_closed(self, now_us: int) -> bool:
+    def drop_closed(self, strict_us: int) -> bool:
         """Drop some of the buckets of streams that have ended. Returns whether there are more; then call it again soon,
         since a new stream of the same Envoy goes on with what is orphaned.
         """
@@ -242,26 +242,26 @@ class Quotas:
         while self._closed and left:
             stream = self._closed[-1]
             for bucket in list(islice(stream.buckets.values(), left)):
-                self._drop(bucket, now_us)
+                self._drop(bucket, strict_us)
                 left -= 1
             if not stream.buckets:
                 self._closed.pop()
         return bool(self._closed)
 
-    def report(self, stream: QuotaStream, domain: str, usages: Iterable[Usage], now_us: int) -> None:
+    def report(self, stream: QuotaStream, domain: str, usages: Iterable[Usage], strict_us: int) -> None:
         """Note an Envoy's report on some of its buckets."""
         touched: dict[Pool, None] = {}
         for usage in usages:
-            bucket = self._report_usage(stream, domain, usage, now_us)
+            bucket = self._report_usage(stream, domain, usage, strict_us)
             if bucket is not None:
                 touched[bucket.pool] = None
         for pool in touched:
             if pool.size <= _DIVIDE_BUCKETS // 8:
-                self._divide(pool, now_us)
+                self._divide(pool, strict_us)
             else:
                 self._mark_dirty(pool)
 
-    def take_actions(self, stream: QuotaStream, now_us: int, most: int) -> list[Action]:
+    def take_actions(self, stream: QuotaStream, strict_us: int, most: int) -> list[Action]:
         """Look at `most` of the stream's buckets that are due, and return the actions to send to the Envoy now. They
         count as sent. There may be none, and more buckets due; or more than `most`, because of abandoned ones.
         """
@@ -271,24 +271,24 @@ class Quotas:
             stream.abandoned, stream.abandoned_bytes, stream.sends_abandoned = [], 0, False
         for bucket in list(islice(stream.due, max(0, most - len(actions)))):
             del stream.due[bucket]
-            action = self._next_action(bucket, now_us)
+            action = self._next_action(bucket, strict_us)
             if action is not None:
                 actions.append(action)
         return actions
 
-    def tick(self, now_us: int) -> None:
+    def tick(self, strict_us: int) -> None:
         """Charge pending hits, and divide the pools that need it. Call it about ten times a second."""
-        if self._is_learning and now_us >= self._learns_until_us:
+        if self._is_learning and strict_us >= self._learns_until_us:
             self._is_learning = False
             self._learnt = list(self.pools.values())
-        self._charges.tick(now_us)
-        self.drop_closed(now_us)
-        self._forget_abandoned(now_us)
+        self._charges.tick(strict_us)
+        self.drop_closed(strict_us)
+        self._forget_abandoned(strict_us)
         for stream in self._abandoning:
             self._send_abandoned(stream)
         self._abandoning.clear()
-        self._sweep_buckets(now_us)
-        self._sweep_pools(now_us)
+        self._sweep_buckets(strict_us)
+        self._sweep_pools(strict_us)
         for pool in self._learnt[-_DIVIDE_BUCKETS:]:
             if self.pools.get(pool.key) is pool:
                 self._mark_dirty(pool)
@@ -296,7 +296,7 @@ class Quotas:
         looked_at = 0
         for pool in list(islice(self._dirty, _DIVIDE_BUCKETS)):
             looked_at += 1 + pool.size
-            self._divide(pool, now_us)
+            self._divide(pool, strict_us)
             if looked_at >= _DIVIDE_BUCKETS:
                 break
 
@@ -304,7 +304,7 @@ class Quotas:
         """Charge all pending hits. Call it at a stop, so that no report is lost."""
         self._charges.all()
 
-    def receive(self, peer: str, key: bytes, groups: Sequence[Group], now_us: int) -> bool:
+    def receive(self, peer: str, key: bytes, groups: Sequence[Group], strict_us: int) -> bool:
         """Note the demand of a peer's Envoys.
 
         Returns:
@@ -323,7 +323,7 @@ class Quotas:
             pool = self.pools[key] = Pool(key, limit)
         before = pool.peer_demands.get(peer)
         if groups:
-            pool.peer_demands[peer] = PeerDemand(groups, now_us)
+            pool.peer_demands[peer] = PeerDemand(groups, strict_us)
         elif before is not None:
             del pool.peer_demands[peer]
         if before is None or list(before.groups) != list(groups):
@@ -346,7 +346,7 @@ class Quotas:
         for orphan in pool.orphans:
             yield orphan.rate
 
-    def _report_usage(self, stream: QuotaStream, domain: str, usage: Usage, now_us: int) -> EnvoyBucket | None:
+    def _report_usage(self, stream: QuotaStream, domain: str, usage: Usage, strict_us: int) -> EnvoyBucket | None:
         counts = self.counts
         counts.reports += 1
         allowed, denied = min(usage.allowed, MAX_HITS), min(usage.denied, MAX_HITS)
@@ -359,33 +359,33 @@ class Quotas:
         if not usage.pairs or len(usage.pairs) > MAX_PAIRS:
             counts.errors["bad_id"] += 1
             if usage.is_utf8:
-                self._abandon(stream, usage.bucket_id, usage.pairs, now_us)
+                self._abandon(stream, usage.bucket_id, usage.pairs, strict_us)
             return None
         key = (domain, usage.pairs)
         bucket = stream.buckets.get(key)
         if bucket is None:
-            if not allowed and not denied and self._is_unwanted(stream, usage, now_us):
+            if not allowed and not denied and self._is_unwanted(stream, usage, strict_us):
                 return None
-            bucket = self._add_bucket(stream, key, usage, elapsed_s, now_us)
+            bucket = self._add_bucket(stream, key, usage, elapsed_s, strict_us)
         elif bucket.generation != self._limiter.generation:
-            self._match_again(bucket, now_us)
-        step = bucket.step
-        self._count(step, allowed, denied)
-        if step.compiled.rule is None:
+            self._match_again(bucket, strict_us)
+        take = bucket.planned_take
+        self._count(take, allowed, denied)
+        if take.compiled.rule is None:
             counts.errors["no_rule"] += 1
         pool = bucket.pool
-        if allowed and pool.step is not None:
-            self._charges.add(pool, allowed, now_us, is_kept=self.pools.get(pool.key) is pool)
+        if allowed and pool.planned_take is not None:
+            self._charges.add(pool, allowed, strict_us, is_kept=self.pools.get(pool.key) is pool)
         if bucket not in pool.buckets:
             return None
         if allowed or denied:
-            bucket.active_us = now_us
-        bucket.reported_us = now_us
+            bucket.active_us = strict_us
+        bucket.reported_us = strict_us
         bucket.counted += allowed + denied
-        measured_us = now_us - bucket.measured_us
+        measured_us = strict_us - bucket.measured_us
         if measured_us >= LEAST_MEASURE_US:
             bucket.demand = min(bucket.counted * SECOND_US * TOKEN // measured_us, MAX_RATE)
-            bucket.counted, bucket.measured_us = 0, now_us
+            bucket.counted, bucket.measured_us = 0, strict_us
         if pool is self._unlimited:
             self._wake(bucket)
             return None
@@ -393,20 +393,20 @@ class Quotas:
         return bucket
 
     def _add_bucket(
-        self, stream: QuotaStream, key: tuple[str, Pairs], usage: Usage, elapsed_s: int, now_us: int
+        self, stream: QuotaStream, key: tuple[str, Pairs], usage: Usage, elapsed_s: int, strict_us: int
     ) -> EnvoyBucket:
         """Create the record of a bucket reported for the first time. It is returned but not stored if there is no room,
         or if its Envoy is crowded and has it only now.
         """
-        step = self._step_of(key)
+        take = self._take_of(key)
         is_welcome = elapsed_s > 0 or not stream.is_crowded
         # An Envoy may have as many pools and buckets as are still free.
-        pool = self._pool(step, may_add=is_welcome and len(stream.buckets) < self._max_pools - len(self.pools))
-        bucket = EnvoyBucket(stream, key, usage, pool, step)
+        pool = self._pool(take, may_add=is_welcome and len(stream.buckets) < self._max_pools - len(self.pools))
+        bucket = EnvoyBucket(stream, key, usage, pool, take)
         bucket.generation = self._limiter.generation
-        bucket.active_us = now_us
+        bucket.active_us = strict_us
         # The Envoy says how much time has elapsed. It decides only whether it has an assignment, and the first demand.
-        bucket.measured_us = now_us - min(elapsed_s, TTL_S) * SECOND_US
+        bucket.measured_us = strict_us - min(elapsed_s, TTL_S) * SECOND_US
         if not usage.is_utf8:
             self.counts.errors["bad_id"] += 1
             return bucket
@@ -416,12 +416,12 @@ class Quotas:
         has_room = len(stream.buckets) < self._max_envoy_buckets - self.bucket_count and id_bytes <= MAX_REPORT_BYTES
         if not has_room or not self._has_room(pool):
             self.counts.errors["no_room"] += 1
-            self._abandon(stream, usage.bucket_id, usage.pairs, now_us)
+            self._abandon(stream, usage.bucket_id, usage.pairs, strict_us)
             return bucket
         if self._closed and pool.size <= _DIVIDE_BUCKETS // 8:
             # It may go on with an assignment that is about to be orphaned.
             for other in [other for other in pool.buckets if not other.stream.is_open]:
-                self._drop(other, now_us)
+                self._drop(other, strict_us)
         if elapsed_s and (pool.orphans or self._is_learning):
             pool.waiting[bucket] = None
         self.bucket_count += 1
@@ -431,17 +431,17 @@ class Quotas:
         pool.buckets[bucket] = None
         return bucket
 
-    def _pool(self, step: Step, *, may_add: bool) -> Pool:
-        limit = step.compiled.limit
+    def _pool(self, take: PlannedTake, *, may_add: bool) -> Pool:
+        limit = take.compiled.limit
         if limit is None:
             return self._unlimited
-        key = step.bucket_key
+        key = take.bucket_key
         pool = self.pools.get(key)
         if pool is None:
             pool = Pool(key, limit)
             if may_add:
                 self.pools[key] = pool
-        pool.step = step
+        pool.planned_take = take
         if pool.limit != limit:
             pool.limit, pool.share_base = limit, share_base_of(limit)
         return pool
@@ -449,63 +449,63 @@ class Quotas:
     def _has_room(self, pool: Pool) -> bool:
         return pool is self._unlimited or (pool.key in self.pools and len(pool.buckets) < MAX_POOL_BUCKETS)
 
-    def _count(self, step: Step, allowed: int, denied: int) -> None:
+    def _count(self, take: PlannedTake, allowed: int, denied: int) -> None:
         """Count reported requests like those decided here."""
-        counts = step.counts
+        counts = take.counts
         counts.ok += allowed
-        if step.compiled.limit is not None:
+        if take.compiled.limit is not None:
             counts.admitted_hits += allowed
-        elif step.compiled.rule is not None:
+        elif take.compiled.rule is not None:
             counts.unlimited_hits += allowed
         counts.over_limit += denied
         counts.denied_hits += denied
         counts.over_limit_hits += denied
 
-    def _match_again(self, bucket: EnvoyBucket, now_us: int) -> None:
+    def _match_again(self, bucket: EnvoyBucket, strict_us: int) -> None:
         """The rules have changed. If the bucket is in another pool now, its assignment counts as orphaned in the former
         one.
         """
         bucket.generation = self._limiter.generation
-        bucket.step = self._step_of(bucket.key)
-        pool = self._pool(bucket.step, may_add=len(self.pools) < self._max_pools)
+        bucket.planned_take = self._take_of(bucket.key)
+        pool = self._pool(bucket.planned_take, may_add=len(self.pools) < self._max_pools)
         self._mark_dirty(pool)
         if pool is bucket.pool:
             return
         if not self._has_room(pool):
             self.counts.errors["no_room"] += 1
-            self._drop(bucket, now_us)
-            self._abandon(bucket.stream, bucket.bucket_id, bucket.key[1], now_us)
+            self._drop(bucket, strict_us)
+            self._abandon(bucket.stream, bucket.bucket_id, bucket.key[1], strict_us)
             return
-        self._leave_pool(bucket, now_us)
+        self._leave_pool(bucket, strict_us)
         bucket.pool = pool
         pool.buckets[bucket] = None
         # Until it gets a new one, its assignment counts in the former pool.
         bucket.assignment = None
 
-    def _step_of(self, key: tuple[str, Pairs]) -> Step:
+    def _take_of(self, key: tuple[str, Pairs]) -> PlannedTake:
         domain, pairs = key
-        return self._limiter.quota_step(domain, self._limiter.rules.in_order(domain, pairs))
+        return self._limiter.rlqs_take(domain, self._limiter.rules.in_order(domain, pairs))
 
-    def _drop(self, bucket: EnvoyBucket, now_us: int) -> None:
+    def _drop(self, bucket: EnvoyBucket, strict_us: int) -> None:
         """Drop the record of a bucket that no longer exists."""
         self.bucket_count -= 1
         del bucket.stream.buckets[bucket.key]
         bucket.stream.id_bytes -= len(bucket.bucket_id) + _USAGE_BYTES
         bucket.stream.due.pop(bucket, None)
-        self._leave_pool(bucket, now_us)
+        self._leave_pool(bucket, strict_us)
 
-    def _is_unwanted(self, stream: QuotaStream, usage: Usage, now_us: int) -> bool:
+    def _is_unwanted(self, stream: QuotaStream, usage: Usage, strict_us: int) -> bool:
         """Whether no record is made of a bucket without requests: its Envoy is crowded, or was told to drop it."""
         if stream.is_crowded:
             self.counts.errors["no_room"] += 1
             if usage.is_utf8:
-                self._abandon(stream, usage.bucket_id, usage.pairs, now_us)
+                self._abandon(stream, usage.bucket_id, usage.pairs, strict_us)
             return True
         return (stream, hash(usage.pairs)) in self._abandoned
 
-    def _abandon(self, stream: QuotaStream, bucket_id: bytes, pairs: Pairs, now_us: int) -> None:
+    def _abandon(self, stream: QuotaStream, bucket_id: bytes, pairs: Pairs, strict_us: int) -> None:
         """Have the Envoy drop a bucket of which there is no record: it reports on all that it has."""
-        if not bucket_id or stream.sends_abandoned or not self._note_abandoned(stream, pairs or bucket_id, now_us):
+        if not bucket_id or stream.sends_abandoned or not self._note_abandoned(stream, pairs or bucket_id, strict_us):
             return
         stream.abandoned.append(bucket_id)
         stream.abandoned_bytes += len(bucket_id)
@@ -518,7 +518,7 @@ class Quotas:
             stream.sends_abandoned = True
             stream.wake()
 
-    def _note_abandoned(self, stream: QuotaStream, bucket: Pairs | bytes, now_us: int) -> bool:
+    def _note_abandoned(self, stream: QuotaStream, bucket: Pairs | bytes, strict_us: int) -> bool:
         """Note that an Envoy is told to drop a bucket. Returns False if it was told before, or too many are noted.
 
         Args:
@@ -527,65 +527,65 @@ class Quotas:
         told = (stream, hash(bucket))
         if told in self._abandoned or len(self._abandoned) >= MAX_ABANDONED:
             return False
-        self._abandoned[told] = now_us
+        self._abandoned[told] = strict_us
         return True
 
-    def _forget_abandoned(self, now_us: int) -> None:
+    def _forget_abandoned(self, strict_us: int) -> None:
         old = [
             told
             for told, at_us in islice(self._abandoned.items(), _FORGOTTEN_AT_ONCE)
-            if now_us - at_us >= ABANDONED_US
+            if strict_us - at_us >= ABANDONED_US
         ]
         for told in old:
             del self._abandoned[told]
 
-    def _leave_pool(self, bucket: EnvoyBucket, now_us: int) -> None:
+    def _leave_pool(self, bucket: EnvoyBucket, strict_us: int) -> None:
         pool = bucket.pool
         del pool.buckets[bucket]
         pool.due.pop(bucket, None)
         pool.waiting.pop(bucket, None)
-        if bucket.assignment is not None and bucket.rate and bucket.expires_us > now_us:
+        if bucket.assignment is not None and bucket.rate and bucket.expires_us > strict_us:
             rate, expires_us = bucket.rate, bucket.expires_us
             if len(pool.orphans) == MAX_POOL_ORPHANS:
                 last = pool.orphans.pop()
                 rate, expires_us = rate + last.rate, max(expires_us, last.expires_us)
-            pool.orphans.append(OrphanedAssignment(rate, expires_us, now_us))
+            pool.orphans.append(OrphanedAssignment(rate, expires_us, strict_us))
         else:
             pool.held -= bucket.rate
         self._mark_dirty(pool)
 
-    def _forget_pool(self, pool: Pool, now_us: int) -> None:
+    def _forget_pool(self, pool: Pool, strict_us: int) -> None:
         del self.pools[pool.key]
         self._log.forget(pool.key)
-        self._division.release(pool, now_us)
+        self._division.release(pool, strict_us)
 
     def _mark_dirty(self, pool: Pool) -> None:
         """Have the pool divided at one of the next ticks."""
         if pool is not self._unlimited:
             self._dirty[pool] = None
 
-    def _divide(self, pool: Pool, now_us: int) -> None:
+    def _divide(self, pool: Pool, strict_us: int) -> None:
         self._dirty.pop(pool, None)
         if pool.waiting:
-            self._assign_orphans(pool, now_us)
+            self._assign_orphans(pool, strict_us)
         due, pool.due = pool.due, {}
         base = pool.share_base
         assert base is not None
         if pool.size or pool.demand:
-            self._publish_demand(pool, self._division.divide(pool, base, now_us), now_us)
+            self._publish_demand(pool, self._division.divide(pool, base, strict_us), strict_us)
         for bucket in due:
             self._wake(bucket)
         for bucket in pool.buckets:
             if bucket.assignment is not None and self._has_changed(pool, base, bucket):
                 self._wake(bucket)
 
-    def _assign_orphans(self, pool: Pool, now_us: int) -> None:
+    def _assign_orphans(self, pool: Pool, strict_us: int) -> None:
         """After a reconnect Envoys do not say which assignment they still enforce. Wait until all can have reported,
         then give each one of the orphaned assignments, smallest first. So those that stay orphaned are at least what
         missing Envoys enforce.
         """
         last_us = max([orphan.orphaned_us for orphan in pool.orphans], default=0)
-        if self._is_learning or (len(pool.waiting) < len(pool.orphans) and now_us < last_us + LEARNING_US):
+        if self._is_learning or (len(pool.waiting) < len(pool.orphans) and strict_us < last_us + LEARNING_US):
             return
         pool.orphans.sort()
         for bucket, orphan in zip(pool.waiting, pool.orphans, strict=False):
@@ -595,14 +595,14 @@ class Quotas:
             pool.due[bucket] = None
         pool.waiting.clear()
 
-    def _publish_demand(self, pool: Pool, own: list[Group], now_us: int) -> None:
-        step = pool.step
-        if step is None or not step.compiled.is_replicated:
+    def _publish_demand(self, pool: Pool, own: list[Group], strict_us: int) -> None:
+        take = pool.planned_take
+        if take is None or not take.compiled.is_replicated:
             return
         demand = tuple(own)
-        if demand != pool.demand or (demand and now_us - pool.demand_sent_us >= PUBLISH_US):
+        if demand != pool.demand or (demand and strict_us - pool.demand_sent_us >= PUBLISH_US):
             pool.demand = demand
-            pool.demand_sent_us = now_us
+            pool.demand_sent_us = strict_us
             self._log.publish(pool.key)
 
     def _has_changed(self, pool: Pool, base: ShareBase, bucket: EnvoyBucket) -> bool:
@@ -619,31 +619,31 @@ class Quotas:
             stream.due[bucket] = None
             stream.wake()
 
-    def _next_action(self, bucket: EnvoyBucket, now_us: int) -> Action | None:
+    def _next_action(self, bucket: EnvoyBucket, strict_us: int) -> Action | None:
         pool = bucket.pool
-        if now_us - bucket.active_us >= (CROWDED_IDLE_US if bucket.stream.is_crowded else IDLE_US):
+        if strict_us - bucket.active_us >= (CROWDED_IDLE_US if bucket.stream.is_crowded else IDLE_US):
             self.counts.forgotten["idle"] += 1
             # The Envoy drops its assignment with the bucket.
-            bucket.expires_us = now_us
-            self._drop(bucket, now_us)
-            self._note_abandoned(bucket.stream, bucket.key[1], now_us)
+            bucket.expires_us = strict_us
+            self._drop(bucket, strict_us)
+            self._note_abandoned(bucket.stream, bucket.key[1], strict_us)
             return Action(bucket.bucket_id, None)
         if bucket in pool.waiting:
             return None
         base = pool.share_base
-        if base is None or bucket.step.compiled.is_shadow or self._limiter.settings.shadow_mode:
+        if base is None or bucket.planned_take.compiled.is_shadow or self._limiter.settings.shadow_mode:
             pool.held -= bucket.rate
             assignment = ALLOW_ALL
         else:
-            assignment = self._next_assignment(pool, base, bucket, now_us)
+            assignment = self._next_assignment(pool, base, bucket, strict_us)
             # It was sent a moment ago, so it need not be renewed.
-            if assignment is bucket.assignment and now_us - (bucket.expires_us - TTL_US) < LEAST_MEASURE_US:
+            if assignment is bucket.assignment and strict_us - (bucket.expires_us - TTL_US) < LEAST_MEASURE_US:
                 return None
         self.counts.assignments += 1
-        bucket.assignment, bucket.expires_us = assignment, now_us + TTL_US
+        bucket.assignment, bucket.expires_us = assignment, strict_us + TTL_US
         return Action(bucket.bucket_id, assignment)
 
-    def _next_assignment(self, pool: Pool, base: ShareBase, bucket: EnvoyBucket, now_us: int) -> Assignment:
+    def _next_assignment(self, pool: Pool, base: ShareBase, bucket: EnvoyBucket, strict_us: int) -> Assignment:
         before = bucket.rate
         target = pool.level.share(bucket.want)
         if self._is_learning:
@@ -652,8 +652,8 @@ class Quotas:
         others = pool.held - before
         free = max(0, pool.budget - others)
         share = min(target, free)
-        if bucket.step.compiled.is_strict:
-            share = free = max(0, min(share, self._division.withhold(pool, base, others + share, now_us) - others))
+        if bucket.planned_take.compiled.is_strict:
+            share = free = max(0, min(share, self._division.withhold(pool, base, others + share, strict_us) - others))
             if share < target:
                 # The strict bucket will have more tokens soon.
                 self._mark_dirty(pool)
@@ -666,14 +666,14 @@ class Quotas:
         ):
             assignment = previous
         else:
-            assignment = noticeable(previous, assign(base, share, is_strict=bucket.step.compiled.is_strict))
+            assignment = noticeable(previous, assign(base, share, is_strict=bucket.planned_take.compiled.is_strict))
         pool.held += assignment.rate - before
         if assignment.rate < before:
             # Others may wait for the rate that this frees.
             self._mark_dirty(pool)
         return assignment
 
-    def _sweep_buckets(self, now_us: int) -> None:
+    def _sweep_buckets(self, strict_us: int) -> None:
         """Look at the next few buckets for those that their Envoys no longer report."""
         if not self._buckets_to_sweep:
             if not self._streams_to_sweep:
@@ -681,12 +681,12 @@ class Quotas:
             while self._streams_to_sweep and len(self._buckets_to_sweep) < _SWEEP_BUCKETS:
                 self._buckets_to_sweep += self._streams_to_sweep.pop().buckets.values()
         for bucket in self._buckets_to_sweep[-_SWEEP_BUCKETS:]:
-            if now_us - bucket.reported_us >= SILENCE_US and bucket.stream.buckets.get(bucket.key) is bucket:
+            if strict_us - bucket.reported_us >= SILENCE_US and bucket.stream.buckets.get(bucket.key) is bucket:
                 self.counts.forgotten["silent"] += 1
-                self._drop(bucket, now_us)
+                self._drop(bucket, strict_us)
         del self._buckets_to_sweep[-_SWEEP_BUCKETS:]
 
-    def _sweep_pools(self, now_us: int) -> None:
+    def _sweep_pools(self, strict_us: int) -> None:
         """Look at the next few pools for assignments and demands that have expired."""
         if not self._pools_to_sweep:
             self._pools_to_sweep = list(self.pools.values())
@@ -694,19 +694,19 @@ class Quotas:
         while self._pools_to_sweep and looked_at < _SWEEP_POOLS:
             pool = self._pools_to_sweep.pop()
             looked_at += 1 + len(pool.orphans)
-            self._expire(pool, now_us)
+            self._expire(pool, strict_us)
 
-    def _expire(self, pool: Pool, now_us: int) -> None:
-        if any(orphan.expires_us <= now_us for orphan in pool.orphans):
-            pool.held -= sum([orphan.rate for orphan in pool.orphans if orphan.expires_us <= now_us])
-            pool.orphans = [orphan for orphan in pool.orphans if orphan.expires_us > now_us]
+    def _expire(self, pool: Pool, strict_us: int) -> None:
+        if any(orphan.expires_us <= strict_us for orphan in pool.orphans):
+            pool.held -= sum([orphan.rate for orphan in pool.orphans if orphan.expires_us <= strict_us])
+            pool.orphans = [orphan for orphan in pool.orphans if orphan.expires_us > strict_us]
             self._mark_dirty(pool)
-        forgotten = [peer for peer, demand in pool.peer_demands.items() if now_us - demand.received_us >= DEMAND_US]
+        forgotten = [peer for peer, demand in pool.peer_demands.items() if strict_us - demand.received_us >= DEMAND_US]
         for peer in forgotten:
             del pool.peer_demands[peer]
             self._mark_dirty(pool)
         if pool.waiting:
             self._mark_dirty(pool)
-        is_over = not pool.is_needed and pool not in self._dirty and now_us - pool.demand_sent_us >= PUBLISH_US
+        is_over = not pool.is_needed and pool not in self._dirty and strict_us - pool.demand_sent_us >= PUBLISH_US
         if is_over and self.pools.get(pool.key) is pool:
-            self._forget_pool(pool, now_us)
+            self._forget_pool(pool, strict_us)

@@ -24,7 +24,7 @@ class Charges:
     """Charges the hits that Envoys have reported to the limits' buckets. Call `tick` about ten times a second.
 
     Args:
-        now_us: returns the time of the limiter's clock. All other times are of the quotas' clock.
+        now_us: returns the wall clock, by which buckets are charged. All other times are of the clock of strict limits.
     """
 
     def __init__(self, limiter: Limiter, now_us: Callable[[], int]) -> None:
@@ -38,7 +38,7 @@ class Charges:
         for pool in list(self._pools):
             self._take(pool, pool.pending)
 
-    def add(self, pool: Pool, hits: int, now_us: int, *, is_kept: bool) -> None:
+    def add(self, pool: Pool, hits: int, strict_us: int, *, is_kept: bool) -> None:
         """An Envoy has admitted `hits`; charge them soon.
 
         Args:
@@ -50,14 +50,14 @@ class Charges:
             self._take(pool, pool.pending)
             return
         if not pool.pending:
-            pool.charged_us = now_us
+            pool.charged_us = strict_us
             self._pools[pool] = None
         pool.pending += hits
-        pool.charge_until_us = now_us + REPORT_US
+        pool.charge_until_us = strict_us + REPORT_US
         if pool.limit is not None and pool.pending * CHARGE_PART <= pool.limit.capacity:
             self._take(pool, pool.pending)
 
-    def tick(self, now_us: int) -> None:
+    def tick(self, strict_us: int) -> None:
         """Charge the hits that are due by now."""
         for pool in list(islice(self._pools, _POOLS_AT_ONCE)):
             # To the end of the queue.
@@ -65,16 +65,16 @@ class Charges:
             self._pools[pool] = None
             left_us = pool.charge_until_us - pool.charged_us
             tokens = pool.pending
-            if now_us < pool.charge_until_us:
-                tokens = pool.pending * max(0, now_us - pool.charged_us) // left_us
+            if strict_us < pool.charge_until_us:
+                tokens = pool.pending * max(0, strict_us - pool.charged_us) // left_us
             if tokens:
-                pool.charged_us = now_us
+                pool.charged_us = strict_us
                 self._take(pool, tokens)
 
     def _take(self, pool: Pool, tokens: int) -> None:
         pool.pending -= tokens
         if not pool.pending:
             self._pools.pop(pool, None)
-        step = pool.step
-        if step is not None and tokens and not step.compiled.is_strict:
-            self._limiter.charge(step, tokens, self._now_us())
+        take = pool.planned_take
+        if take is not None and tokens and not take.compiled.is_strict:
+            self._limiter.charge(take, tokens, self._now_us())

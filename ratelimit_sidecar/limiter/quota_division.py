@@ -1,6 +1,6 @@
 """Divides the limit of a pool among Envoys: how much there is, how much each wants, and how much each gets.
 
-Of a strict limit only this node's home share is divided; the strict bucket cannot use the part that Envoys have.
+Of a strict limit only this node's home is divided; the strict bucket cannot use the part that Envoys have.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from ratelimit_sidecar.crdt.limit import Limit, WindowLimit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit, WindowLimit
 from ratelimit_sidecar.crdt.shares import TOKEN
 from ratelimit_sidecar.crdt.store import StoreFull
 from ratelimit_sidecar.limiter.assignment import ShareBase, look_ahead_us, within_debt, within_window
@@ -30,20 +30,20 @@ class Division:
     """Divides limits among the Envoys of all regions, by demand.
 
     Args:
-        now_us: returns the time of the limiter's clock. All other times are of the quotas' clock.
+        now_us: returns the wall clock, by which buckets are charged. All other times are of the clock of strict limits.
     """
 
     def __init__(self, limiter: Limiter, now_us: Callable[[], int]) -> None:
         self._limiter = limiter
         self._now_us = now_us
 
-    def divide(self, pool: Pool, base: ShareBase, now_us: int) -> list[Group]:
+    def divide(self, pool: Pool, base: ShareBase, strict_us: int) -> list[Group]:
         """Compute the pool's level and budget.
 
         Returns:
             The demand of this node's Envoys.
         """
-        total = self._total(pool, base, now_us)
+        total = self._total(pool, base, strict_us)
         of_peers = [group for each in pool.peer_demands.values() for group in each.groups]
         # Buckets that wait will get one of the orphaned assignments: count those only once.
         buckets = [bucket for bucket in pool.buckets if not (pool.orphans and bucket in pool.waiting)]
@@ -54,9 +54,9 @@ class Division:
             demand = bucket.demand if bucket.demand >= 0 else total // everybody
             bucket.want = min(rounded_want(demand + demand // HEADROOM_PART), MAX_RATE)
             wants.append(bucket.want)
-        if pool.step is not None and pool.step.compiled.is_strict:
+        if pool.planned_take is not None and pool.planned_take.compiled.is_strict:
             # The bucket gets back rates that expired, and keeps the rate that nobody here wants.
-            self.withhold(pool, base, pool.held, now_us)
+            self.withhold(pool, base, pool.held, strict_us)
             total = min(total, max(sum(wants), total // IDLE_PART))
         own = grouped(wants)
         if len(own) > MAX_GROUPS:
@@ -71,28 +71,28 @@ class Division:
             bucket.want = max(bucket.want, least)
         return own
 
-    def release(self, pool: Pool, now_us: int) -> None:
+    def release(self, pool: Pool, strict_us: int) -> None:
         """Give the pool's part back to the strict bucket: no Envoy has an assignment any more."""
-        if pool.step is not None and pool.step.compiled.is_strict and pool.share_base is not None:
-            self.withhold(pool, pool.share_base, 0, now_us)
+        if pool.planned_take is not None and pool.planned_take.compiled.is_strict and pool.share_base is not None:
+            self.withhold(pool, pool.share_base, 0, strict_us)
 
-    def _total(self, pool: Pool, base: ShareBase, now_us: int) -> int:
+    def _total(self, pool: Pool, base: ShareBase, strict_us: int) -> int:
         """The rate that can be divided."""
-        step, ledger = pool.step, self._limiter.ledger
-        if step is None or pool.limit is None:
+        take, ledger = pool.planned_take, self._limiter.ledger
+        if take is None or pool.limit is None:
             return base.rate
-        if step.compiled.is_strict:
+        if take.compiled.is_strict:
             assert ledger is not None
-            assert isinstance(pool.limit, Limit)
+            assert isinstance(pool.limit, TokenBucketLimit)
             capacity = pool.limit.capacity
-            return base.rate * ledger.shares.home(pool.key, capacity, now_us) // (TOKEN * max(1, capacity))
+            return base.rate * ledger.shares.home(pool.key, capacity, strict_us) // (TOKEN * max(1, capacity))
         limit, charged_us = pool.limit, self._now_us()
         if isinstance(limit, WindowLimit):
-            left = self._limiter.left_within(step, look_ahead_us(limit), charged_us)
+            left = self._limiter.left_within(take, look_ahead_us(limit), charged_us)
             return within_window(limit, base.rate, left)
-        return within_debt(limit, base.rate, self._limiter.used(step, charged_us))
+        return within_debt(limit, base.rate, self._limiter.used(take, charged_us))
 
-    def withhold(self, pool: Pool, base: ShareBase, rate: int, now_us: int) -> int:
+    def withhold(self, pool: Pool, base: ShareBase, rate: int, strict_us: int) -> int:
         """Withhold the rate that Envoys have in total from the bucket of a strict limit.
 
         An Envoy whose share rises may use that many tokens at once. So each rise is paid for with tokens of the bucket,
@@ -103,11 +103,11 @@ class Division:
         """
         ledger, limit = self._limiter.ledger, pool.limit
         assert ledger is not None
-        assert isinstance(limit, Limit)
+        assert isinstance(limit, TokenBucketLimit)
         # Homes are whole tokens.
         tokens = min(-(-rate * limit.capacity // base.rate), limit.capacity) if base.rate else 0
         try:
-            withheld = ledger.withhold(pool.key, limit, tokens * TOKEN, now_us)
+            withheld = ledger.withhold(pool.key, limit, tokens * TOKEN, strict_us)
         except StoreFull:
             return 0
         return base.rate * withheld // (TOKEN * max(1, limit.capacity))

@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 from ratelimit_sidecar.crdt.limit import AnyLimit
 from ratelimit_sidecar.limiter.assignment import SECOND_US, Assignment, ShareBase, share_base_of
 from ratelimit_sidecar.limiter.fair_shares import Group, ShareLevel
-from ratelimit_sidecar.limiter.plan import Step
+from ratelimit_sidecar.limiter.plan import PlannedTake
 
 Pairs = tuple[tuple[str, str], ...]
 
@@ -67,19 +67,21 @@ class EnvoyBucket:
         "generation",
         "key",
         "measured_us",
+        "planned_take",
         "pool",
         "reported_us",
-        "step",
         "stream",
         "want",
     )
 
-    def __init__(self, stream: QuotaStream, key: tuple[str, Pairs], usage: Usage, pool: Pool, step: Step) -> None:
+    def __init__(
+        self, stream: QuotaStream, key: tuple[str, Pairs], usage: Usage, pool: Pool, take: PlannedTake
+    ) -> None:
         self.stream = stream
         self.key = key
         self.bucket_id = usage.bucket_id
         self.pool = pool
-        self.step = step
+        self.planned_take = take
         self.generation = 0
         """The generation of the rules that it was matched by."""
         self.demand = -1
@@ -133,8 +135,8 @@ class Pool:
         "orphans",
         "peer_demands",
         "pending",
+        "planned_take",
         "share_base",
-        "step",
         "waiting",
     )
 
@@ -142,7 +144,7 @@ class Pool:
         self.key = key
         self.limit = limit
         self.share_base: ShareBase | None = None if limit is None else share_base_of(limit)
-        self.step: Step | None = None
+        self.planned_take: PlannedTake | None = None
         """How to charge the limit's bucket; None while only peers have reported a demand."""
         self.buckets: dict[EnvoyBucket, None] = {}
         self.due: dict[EnvoyBucket, None] = {}

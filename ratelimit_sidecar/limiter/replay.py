@@ -111,12 +111,12 @@ class Replay:
         response = RateLimitResponse.FromString(self.limiter.decide(raw, self.now_us))
         denied: bool = response.overall_code == _OVER_LIMIT
         self.requests.count(denied, self.now_us)
-        for step, entries, status in zip(plan.steps, plan.descriptors, response.statuses, strict=True):
-            if step.rule is None:
+        for take, entries, status in zip(plan.takes, plan.descriptors, response.statuses, strict=True):
+            if take.rule is None:
                 self.unlimited += 1
             else:
-                self._count(plan.domain, step.rule.name, entries, status.code == _OVER_LIMIT)
-        self._until_sweep -= len(plan.steps)
+                self._count(plan.domain, take.rule.name, entries, status.code == _OVER_LIMIT)
+        self._until_sweep -= len(plan.takes)
         if self._until_sweep <= 0:
             self._sweep()
         return denied

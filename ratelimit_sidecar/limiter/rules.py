@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Final
 
-from ratelimit_sidecar.crdt.limit import DEFAULT_MAX_DEBT, AnyLimit, Limit, Window, WindowLimit
+from ratelimit_sidecar.crdt.limit import DEFAULT_MAX_DEBT, AnyLimit, TokenBucketLimit, Window, WindowLimit
 from ratelimit_sidecar.limiter.http_mapping import HttpMapping
 from ratelimit_sidecar.limiter.key import (
     DEFAULT_RULE,
@@ -141,7 +141,7 @@ def _bucket_type(limit: AnyLimit | None, consistency: Consistency) -> int:
     if consistency is Consistency.STRICT:
         return STRICT_TOKEN_BUCKET
     local = LOCAL if consistency is Consistency.LOCAL else 0
-    if limit is None or isinstance(limit, Limit):
+    if limit is None or isinstance(limit, TokenBucketLimit):
         return TOKEN_BUCKET | local
     return (FIXED_WINDOW if limit.window is Window.FIXED else SLIDING_WINDOW) | local
 
@@ -416,7 +416,7 @@ def limit_of_rate(
         return WindowLimit(requests, period_us, window)
     capacity = requests if burst is None else burst
     # A limit of 0 needs a rate, too, but has no capacity.
-    return Limit(requests or 1, period_us, capacity if requests else 0, max_debt)
+    return TokenBucketLimit(requests or 1, period_us, capacity if requests else 0, max_debt)
 
 
 def _descend(node: RuleNode, key: str, value: str) -> Level | None:
@@ -441,7 +441,7 @@ def _descend_by_pattern(node: RuleNode, key: str, value: str) -> Level | None:
             return Level(PATTERN, key, value, pattern, node_of_pattern, is_joined=joined is not None)
     if joined is not None:
         # A key with a wildcard, without value, is looked up literally.
-        deeper = joined.node_of(key)
+        deeper = joined.item_of(key)
         if deeper is not None:
             return Level(PATTERN, key, value, key, deeper, is_joined=True)
     return None
@@ -459,7 +459,7 @@ def _child(node: RuleNode, kind: int, key: str, value: str) -> RuleNode | None:
         return node.key_only.get(key)
     if kind == PATTERN:
         wildcards = node.wildcards.get(key)
-        return wildcards.node_of(value) if wildcards is not None else None
+        return wildcards.item_of(value) if wildcards is not None else None
     # The PATTERN entry before it has led to the node already.
     return node if kind == WILDCARD_VALUE else None
 

@@ -32,7 +32,7 @@ class WildcardSet(Generic[T]):
             self._by_ends.setdefault((first, last), []).append((order, middle))
         self._lengths = sorted({(len(first), len(last)) for first, last in self._by_ends})
 
-    def node_of(self, pattern: str) -> T | None:
+    def item_of(self, pattern: str) -> T | None:
         """The item of a pattern, by the pattern's text."""
         return self._by_pattern.get(pattern)
 

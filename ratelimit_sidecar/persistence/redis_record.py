@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
-from ratelimit_sidecar.crdt.limit import MAX_AHEAD_US, MAX_EXPONENT, MIN_EXPONENT, AnyLimit, Limit, Window
+from ratelimit_sidecar.crdt.limit import MAX_AHEAD_US, MAX_EXPONENT, MIN_EXPONENT, AnyLimit, TokenBucketLimit, Window
 from ratelimit_sidecar.crdt.slot import REFUND, slot_exponent, slot_kind, slot_start_us
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.crdt.token_bucket import SEAL_BATCH_SLOTS
@@ -229,7 +229,7 @@ class BadRecord(Exception):
 
 def is_worth_keeping(limit: AnyLimit, every_us: int) -> bool:
     """Whether a limit is worth writing: False when all of it refills before the next write."""
-    if isinstance(limit, Limit):
+    if isinstance(limit, TokenBucketLimit):
         return limit.ceiling // limit.tokens > every_us
     return limit.period_us > every_us
 
@@ -243,7 +243,7 @@ def join_text(bucket: Bucket, lines: Iterable[str], now_us: int) -> bytes:
     bucket.advance(now_us)
     limit = bucket.limit
     ttl_us = bucket.full_in_us + MAX_AHEAD_US
-    if isinstance(limit, Limit):
+    if isinstance(limit, TokenBucketLimit):
         ttl_us += limit.horizon_us
         base = bucket.base
         full_us = base.boundary_us - (-base.deficit // limit.tokens)
@@ -303,7 +303,7 @@ def restore_steps(
         _bounded(int(record.pop(AT)), MAX_TIME_US)
         base = read_base(record.pop(BASE), limit)
         # That of a window says when slots were dropped last, and is not joined.
-        due_us = due_us_of(base.boundary_us, ()) if isinstance(limit, Limit) else 0
+        due_us = due_us_of(base.boundary_us, ()) if isinstance(limit, TokenBucketLimit) else 0
         for field, text in record.items():
             told = _entries(_origin(field), text)
             due_us = max(due_us, due_us_of(0, told))

@@ -360,11 +360,7 @@ class RedisState:
                 if self._again is again:
                     self._again = None
                 break
-            if (
-                bucket.journal is not None
-                and is_worth_keeping(bucket.limit, every_us)
-                and len(bucket.key) <= MAX_KEY_BYTES
-            ):
+            if bucket.is_replicated and is_worth_keeping(bucket.limit, every_us) and len(bucket.key) <= MAX_KEY_BYTES:
                 batch[bucket.key] = None
                 most -= 1
             if len(batch) >= BATCH_BUCKETS:

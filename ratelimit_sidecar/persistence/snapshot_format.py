@@ -81,7 +81,7 @@ def snapshot(
             if pace.ends_piece(0):
                 yield b""
             continue
-        kind = LOCAL if bucket.journal is None else REPLICATED
+        kind = REPLICATED if bucket.is_replicated else LOCAL
         if not bucket.slots and bucket.base_to_send is None:
             continue
         size.buckets += counts

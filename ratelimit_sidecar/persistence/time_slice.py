@@ -1,4 +1,7 @@
-"""The event loop's time for work on very many buckets: in short pieces, and a small part of it all."""
+"""The event loop's time for work on very many buckets: in short pieces, and a small part of it all.
+
+`server.turns` compares this with other ways to cut long work.
+"""
 
 from __future__ import annotations
 

@@ -43,12 +43,12 @@ class Demands:
     """Writes this node's demands into pings, and reads those of peers.
 
     Args:
-        now_us: returns the time of the clock of `quotas`.
+        strict_us: the clock of strict limits, and of `quotas`.
     """
 
-    def __init__(self, quotas: Quotas, now_us: Callable[[], int]) -> None:
+    def __init__(self, quotas: Quotas, strict_us: Callable[[], int]) -> None:
         self._quotas = quotas
-        self._now_us = now_us
+        self._strict_us = strict_us
 
     def write(self, ping: pb.Ping, told: int) -> int:
         """Add the demands that were not sent to a peer yet to a ping.
@@ -78,12 +78,12 @@ class Demands:
         """
         if len(demands) > MAX_TAKEN:
             raise ProtocolError(Reason.TOO_LARGE, f"{len(demands)} demands in a ping; at most {MAX_TAKEN} are taken")
-        now_us = self._now_us()
+        strict_us = self._strict_us()
         unknown_keys = work = 0
         for demand in demands:
             check_key(demand.key)
             try:
-                is_known = self._quotas.receive(peer, demand.key, _groups(demand), now_us)
+                is_known = self._quotas.receive(peer, demand.key, _groups(demand), strict_us)
             except ValueError as error:
                 raise ProtocolError(Reason.BAD_KEY, str(error)) from error
             unknown_keys += not is_known

@@ -18,7 +18,7 @@ import structlog
 from tenacity import AsyncRetrying, RetryCallState, retry_if_result, wait_random_exponential
 
 from ratelimit_sidecar.crdt.bucket import Origin
-from ratelimit_sidecar.replication.limits import MeshLimits
+from ratelimit_sidecar.replication.bounds import MeshBounds
 from ratelimit_sidecar.replication.peer import Peer
 from ratelimit_sidecar.replication.progress import Progress
 from ratelimit_sidecar.replication.replicator import Replicator
@@ -44,7 +44,7 @@ _log = structlog.stdlib.get_logger(__name__)
 Carry = Callable[[Call, Target, PeerCertificate | None], Awaitable[Stream]]
 """Carries a dialled stream until it ends."""
 
-RedialWait = Callable[[Target, Callable[[RetryCallState], float], MeshLimits, RetryCallState], float]
+RedialWait = Callable[[Target, Callable[[RetryCallState], float], MeshBounds, RetryCallState], float]
 """The seconds to wait before the next dial of a target. The second argument gives the random ones, which grow."""
 
 
@@ -67,7 +67,7 @@ class Dialler:
         now_us: Callable[[], int],
         resolver: Resolver,
         certificate: NodeCertificate | None,
-        limits: MeshLimits,
+        bounds: MeshBounds,
         redial: RedialWait,
     ) -> None:
         self.targets = Targets(peers)
@@ -77,10 +77,10 @@ class Dialler:
         self._now_us = now_us
         self._resolver = resolver
         self._certificate = certificate
-        self._limits = limits
+        self._bounds = bounds
         self._redial = redial
         # Of a dial that was given up, gRPC keeps the connection until it has given it up itself: by default 20 s.
-        self._options = (*_CHANNEL_OPTIONS, ("grpc.min_reconnect_backoff_ms", int(limits.connect * 1_000)))
+        self._options = (*_CHANNEL_OPTIONS, ("grpc.min_reconnect_backoff_ms", int(bounds.connect * 1_000)))
         self._is_stopping = False
         self._dialling: dict[Target, asyncio.Task[None]] = {}
 
@@ -164,9 +164,9 @@ class Dialler:
                 self._replicator.known_peers.release(target.node)
 
     async def _keep_dialled(self, target: Target) -> None:
-        backoff = wait_random_exponential(multiplier=self._limits.first_redial, max=self._limits.most_redial)
+        backoff = wait_random_exponential(multiplier=self._bounds.first_redial, max=self._bounds.most_redial)
         redial = AsyncRetrying(
-            wait=partial(self._redial, target, backoff, self._limits),
+            wait=partial(self._redial, target, backoff, self._bounds),
             retry=retry_if_result(lambda lasted: not lasted and not self._is_done_with(target)),
         )
         while not self._is_done_with(target):
@@ -183,7 +183,7 @@ class Dialler:
         """
         if self.targets.is_reached_otherwise(target):
             with suppress(TimeoutError):
-                async with asyncio.timeout(self._limits.parked):
+                async with asyncio.timeout(self._bounds.parked):
                     await self._progress.until(lambda: not self.targets.is_reached_otherwise(target))
         dialled_us = self._now_us()
         target.is_misconfigured = target.is_mute = False
@@ -193,7 +193,7 @@ class Dialler:
                 stream = await self._carry(call, target, certificate)
         except TimeoutError:
             target.is_mute = True
-            self._note_unreached(target, f"not connected within {self._limits.connect:g} s")
+            self._note_unreached(target, f"not connected within {self._bounds.connect:g} s")
         except grpc.aio.AioRpcError as error:
             has_failed = error.code() is not grpc.StatusCode.UNAVAILABLE
             self._note_unreached(target, f"{error.code().name}: {error.details()}")
@@ -208,7 +208,7 @@ class Dialler:
         else:
             has_failed = _has_failed(stream)
             self._note_ended(target, stream)
-        has_lasted = self._now_us() - dialled_us >= self._limits.lasting * 1e6
+        has_lasted = self._now_us() - dialled_us >= self._bounds.lasting * 1e6
         target.failed_dials = target.failed_dials + 1 if has_failed and not has_lasted else 0
         peer = self._replicator.peers.get(target.node)
         if peer is not None:
@@ -219,12 +219,12 @@ class Dialler:
     @asynccontextmanager
     async def _call(self, target: Target) -> AsyncIterator[tuple[Call, PeerCertificate | None]]:
         """A call on its own connection; with TLS, also the other end's certificate."""
-        async with asyncio.timeout(self._limits.connect) as connecting:
+        async with asyncio.timeout(self._bounds.connect) as connecting:
             if self._certificate is None:
                 shown, channel = None, grpc.aio.insecure_channel(target.address, options=self._options)
             else:
                 pinned = await self._certificate.look_at(host_of(target.address), port_of(target.address))
-                connecting.reschedule(asyncio.get_running_loop().time() + self._limits.connect)
+                connecting.reschedule(asyncio.get_running_loop().time() + self._bounds.connect)
                 shown, credentials = pinned.certificate, self._certificate.channel_credentials(pinned)
                 options = (*self._options, ("grpc.ssl_target_name_override", pinned.server_name))
                 channel = grpc.aio.secure_channel(target.address, credentials, options=options)
@@ -274,10 +274,10 @@ def _has_failed(stream: Stream) -> bool:
 
 
 def redial_seconds(
-    target: Target, backoff: Callable[[RetryCallState], float], limits: MeshLimits, state: RetryCallState
+    target: Target, backoff: Callable[[RetryCallState], float], bounds: MeshBounds, state: RetryCallState
 ) -> float:
     """How long to wait before the next dial."""
     if target.is_misconfigured:
-        return limits.misconfigured_redial
+        return bounds.misconfigured_redial
     # Who has waited for an answer in vain has waited long enough: a network that heals is used at once.
     return 0.0 if target.is_mute else backoff(state)

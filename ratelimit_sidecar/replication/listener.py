@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 import grpc
 import grpc.aio
 
-from ratelimit_sidecar.replication.limits import DEFAULT_LIMITS, MeshLimits
+from ratelimit_sidecar.replication.bounds import DEFAULT_BOUNDS, MeshBounds
 from ratelimit_sidecar.replication.stream_io import METHOD, OPTIONS, SERVICE
 from ratelimit_sidecar.replication.tls import NodeCertificate
 
@@ -42,7 +42,7 @@ class Listener:
         *,
         certificate: NodeCertificate | None,
         accept: Accept,
-        limits: MeshLimits = DEFAULT_LIMITS,
+        bounds: MeshBounds = DEFAULT_BOUNDS,
     ) -> None:
         self.address = address
         """Where it is bound, once it is."""
@@ -50,11 +50,11 @@ class Listener:
         self._accept = accept
         self._options = (
             *_SERVER_OPTIONS,
-            ("grpc.max_allowed_incoming_connections", limits.connections),
-            ("grpc.server_handshake_timeout_ms", int(limits.handshake * 1_000)),
-            ("grpc.max_connection_idle_ms", int(limits.idle * 1_000)),
+            ("grpc.max_allowed_incoming_connections", bounds.connections),
+            ("grpc.server_handshake_timeout_ms", int(bounds.handshake * 1_000)),
+            ("grpc.max_connection_idle_ms", int(bounds.idle * 1_000)),
         )
-        self._streams = limits.streams
+        self._streams = bounds.streams
         self._server: grpc.aio.Server | None = None
 
     async def bind(self) -> None:

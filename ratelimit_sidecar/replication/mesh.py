@@ -17,11 +17,11 @@ import structlog
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.mesh_status import MembershipStatus, PeerStatus
+from ratelimit_sidecar.replication.bounds import DEFAULT_BOUNDS, MeshBounds
 from ratelimit_sidecar.replication.deltas import OnNews
 from ratelimit_sidecar.replication.demands import Demands
 from ratelimit_sidecar.replication.dialler import Dialler, RedialWait, redial_seconds
 from ratelimit_sidecar.replication.flushing import Flushing
-from ratelimit_sidecar.replication.limits import DEFAULT_LIMITS, MeshLimits
 from ratelimit_sidecar.replication.listener import Listener
 from ratelimit_sidecar.replication.open_streams import OpenStreams
 from ratelimit_sidecar.replication.payments import PaymentExchange
@@ -50,7 +50,7 @@ class Mesh:
     Args:
         origin: this process.
         now_us: wall clock in microseconds; when it is set, `set_clock` is to be called.
-        steady_us: a clock that never steps; None where `now_us` does not either.
+        strict_us: the clock of strict limits, which never steps; None where `now_us` does not either.
         peers: `host:port` of siblings; this node's own may be among them, and a name may have many addresses.
         listen: `host:port`; None to dial only. Port 0 takes a free one.
         payments: None when no limit is strict.
@@ -68,7 +68,7 @@ class Mesh:
         version: str,
         store: Store,
         now_us: Callable[[], int],
-        steady_us: Callable[[], int] | None = None,
+        strict_us: Callable[[], int] | None = None,
         peers: Sequence[str] = (),
         listen: str | None = None,
         tracer: BatchTracer | None = None,
@@ -78,13 +78,13 @@ class Mesh:
         certificate: NodeCertificate | None = None,
         resolver: Resolver | None = None,
         supervisor: Supervisor | None = None,
-        limits: MeshLimits = DEFAULT_LIMITS,
+        bounds: MeshBounds = DEFAULT_BOUNDS,
         redial: RedialWait = redial_seconds,
     ) -> None:
-        self._limits = limits
+        self._bounds = bounds
         self._now_us = now_us
         self._supervisor = Supervisor() if supervisor is None else supervisor
-        self._steady_us = now_us if steady_us is None else steady_us
+        self._strict_us = now_us if strict_us is None else strict_us
         self._payments = payments
         membership = None if payments is None else payments.membership
         local = LocalNode(origin, region, version, membership, is_gateway)
@@ -98,10 +98,10 @@ class Mesh:
             replicator=self._replicator,
             carry=self._carry_dialled,
             progress=self._progress,
-            now_us=self._steady_us,
+            now_us=self._strict_us,
             resolver=Resolver() if resolver is None else resolver,
             certificate=certificate,
-            limits=limits,
+            bounds=bounds,
             redial=redial,
         )
         self.certificate = certificate
@@ -109,7 +109,7 @@ class Mesh:
         self._listener: Listener | None = None
         """None when this node only dials."""
         if listen is not None:
-            self._listener = Listener(listen, certificate=certificate, accept=self._accept, limits=limits)
+            self._listener = Listener(listen, certificate=certificate, accept=self._accept, bounds=bounds)
         self._is_left_out_logged = False
         self._stopping = asyncio.Event()
         self._open_streams = OpenStreams(
@@ -117,9 +117,9 @@ class Mesh:
             scheduler=self._scheduler,
             progress=self._progress,
             now_us=now_us,
-            steady_us=self._steady_us,
+            strict_us=self._strict_us,
             certificate=certificate,
-            limits=limits,
+            bounds=bounds,
         )
 
     @property
@@ -205,7 +205,7 @@ class Mesh:
         kept: dict[str, Callable[[], Awaitable[None]]] = {
             "mesh_flush": self._flush_forever,
             # As often as a flush; nothing is urgent about it.
-            "mesh_compare": Flushing(self._compare, self._limits.flush).run,
+            "mesh_compare": Flushing(self._compare, self._bounds.flush).run,
             "mesh_dial": self._dialler.run,
         }
         if self._listener is not None:
@@ -277,7 +277,7 @@ class Mesh:
         await self._progress.until(condition)
 
     async def _flush_forever(self) -> None:
-        flushing = Flushing(self._flush, self._limits.flush)
+        flushing = Flushing(self._flush, self._bounds.flush)
         self._replicator.store.journal.on_urgent = flushing.flush_soon
         await flushing.run()
 
@@ -296,14 +296,14 @@ class Mesh:
     async def _drain(self) -> None:
         await self._flush()
         with suppress(TimeoutError):
-            async with asyncio.timeout(self._limits.drain):
+            async with asyncio.timeout(self._bounds.drain):
                 await self.until(self._replicator.is_settled)
         self._open_streams.close(Reason.DRAINING, "the sidecar is shutting down", self._now_us())
         with suppress(TimeoutError):
-            async with asyncio.timeout(self._limits.goodbye):
+            async with asyncio.timeout(self._bounds.goodbye):
                 await self.until(lambda: not self._open_streams.streams)
         if self._listener is not None:
-            await self._listener.stop(self._limits.goodbye)
+            await self._listener.stop(self._bounds.goodbye)
 
     async def _accept(self, _requests: object, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
         """Carry a stream that a peer has dialled."""

@@ -12,8 +12,8 @@ from functools import partial
 import structlog
 
 from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.replication.bounds import MeshBounds
 from ratelimit_sidecar.replication.dialler import Dialler
-from ratelimit_sidecar.replication.limits import MeshLimits
 from ratelimit_sidecar.replication.peer import Peer
 from ratelimit_sidecar.replication.peers import RESTART_US
 from ratelimit_sidecar.replication.progress import Progress
@@ -58,7 +58,7 @@ class OpenStreams:
 
     Args:
         progress: made whenever a frame was received or a stream has ended.
-        steady_us: a clock that never steps.
+        strict_us: the clock of strict limits, which never steps.
         certificate: of this node; None in plain text.
     """
 
@@ -69,9 +69,9 @@ class OpenStreams:
         scheduler: Scheduler,
         progress: Progress,
         now_us: Callable[[], int],
-        steady_us: Callable[[], int],
+        strict_us: Callable[[], int],
         certificate: NodeCertificate | None,
-        limits: MeshLimits,
+        bounds: MeshBounds,
     ) -> None:
         self.streams: dict[Stream, Peer | None] = {}
         """By stream, its peer; None until both ends have accepted each other."""
@@ -81,9 +81,9 @@ class OpenStreams:
         self._scheduler = scheduler
         self._progress = progress
         self._now_us = now_us
-        self._steady_us = steady_us
+        self._strict_us = strict_us
         self._certificate = certificate
-        self._limits = limits
+        self._bounds = bounds
         self._refusals = Refusals()
         self._id_refused_us: int | None = None
         """When a stream was last refused because another node has this one's id, for so long that it must be so."""
@@ -93,7 +93,7 @@ class OpenStreams:
         """True while a peer refuses this node because another node has its id: they do not share limits then."""
         refused_us = self._id_refused_us
         # Meanwhile the peer is dialled again.
-        return refused_us is not None and self._steady_us() - refused_us < 2.5e6 * self._limits.misconfigured_redial
+        return refused_us is not None and self._strict_us() - refused_us < 2.5e6 * self._bounds.misconfigured_redial
 
     def close(self, reason: Reason, detail: str, now_us: int) -> None:
         """Say Goodbye on all of them."""
@@ -137,8 +137,8 @@ class OpenStreams:
                 now_us=self._now_us,
                 on_received=partial(self._note_frame, stream, far_end),
                 # A listener ends its calls with a status, which nothing overtakes.
-                linger_seconds=0.0 if target is None else self._limits.goodbye,
-                write_seconds=self._limits.write,
+                linger_seconds=0.0 if target is None else self._bounds.goodbye,
+                write_seconds=self._bounds.write,
             )
         finally:
             if target is not None:
@@ -209,14 +209,14 @@ class OpenStreams:
             self._note_turned_away(stream, str(reason or stream.why_ended))
 
     def _note_turned_away(self, stream: Stream, why: str) -> None:
-        if self._refusals.note(stream.address, why, self._steady_us()):
+        if self._refusals.note(stream.address, why, self._strict_us()):
             _log.warning("stream_refused", address=stream.address, why=stream.why_ended)
 
     def _note_duplicate(self, node: str, stream: Stream, target: Target | None) -> None:
         peer, why = self._replicator.peers.get(node), f"{Reason.DUPLICATE_NODE} {node}"
         if peer is not None:
             peer.last_error = stream.why_ended
-        if self._refusals.note(stream.address, why, self._steady_us(), certain_after_us=CERTAIN_US):
+        if self._refusals.note(stream.address, why, self._strict_us(), certain_after_us=CERTAIN_US):
             other = self.own_address if peer is None else peer.address
             _log.error(
                 "two_nodes_with_one_id",
@@ -227,6 +227,6 @@ class OpenStreams:
             )
         is_certain = self._refusals.is_told(stream.address, why)
         if is_certain and node == self._replicator.local.origin.node:
-            self._id_refused_us = self._steady_us()
+            self._id_refused_us = self._strict_us()
         if target is not None:
             target.is_misconfigured = is_certain

@@ -29,7 +29,7 @@ Parts = Iterator[Part]
 def tellable(store: Store, key: bytes) -> Bucket | None:
     """The bucket with this key; None when it was dropped meanwhile, stays local, or has a key that no peer takes."""
     bucket = store.get(key) if len(key) <= MAX_KEY_BYTES else None
-    return None if bucket is None or bucket.journal is None else bucket
+    return bucket if bucket is not None and bucket.is_replicated else None
 
 
 def in_parts(bucket: Bucket | None, base: Base | None, entries: list[Entry]) -> Parts:

@@ -124,7 +124,7 @@ class PaymentExchange:
 
     def __init__(self, ledger: Ledger, strict_us: Callable[[], int]) -> None:
         self.ledger = ledger
-        self.paid = 0
+        self.payments_sent = 0
         """Asks of peers answered with more than nothing."""
         self.received = 0
         """Asks that peers have answered with more than nothing."""
@@ -145,14 +145,14 @@ class PaymentExchange:
         return peer in self.ledger.shares.conflicts
 
     def status(self) -> MembershipStatus:
-        shares, now_us = self.ledger.shares, self._strict_us()
+        shares, strict_us = self.ledger.shares, self._strict_us()
         return MembershipStatus(
             epoch=shares.membership.epoch,
-            home_share=shares.part(now_us),
-            settled=shares.is_settled and now_us >= shares.from_us,
+            home_share=shares.home_fraction(strict_us),
+            settled=shares.is_settled and strict_us >= shares.from_us,
             conflicts=tuple(shares.conflicts),
             buckets=len(self.ledger),
-            payments_sent=self.paid,
+            payments_sent=self.payments_sent,
             payments_received=self.received,
         )
 
@@ -178,26 +178,26 @@ class PaymentExchange:
         Returns:
             The peers to which there is something to send.
         """
-        now_us = self._strict_us()
-        if now_us < self._tick_due_us:
+        strict_us = self._strict_us()
+        if strict_us < self._tick_due_us:
             return []
-        self._tick_due_us = now_us + TICK_EVERY_US
+        self._tick_due_us = strict_us + TICK_EVERY_US
         most = max(1, TICK_WORK // (4 + len(streams)))
         numbers = {
             peer: stream.stream_number
             for peer, stream in streams.items()
             if len(stream.unanswered_asks) + most <= MAX_OPEN
         }
-        asks = self.ledger.tick(numbers, now_us, most, MAX_KEY_BYTES)
+        asks = self.ledger.tick(numbers, strict_us, most, MAX_KEY_BYTES)
         for peer, wanted in asks.items():
             streams[peer].asks_to_send.update(wanted)
-            streams[peer].unanswered_asks.update(dict.fromkeys(wanted, now_us))
-        return [*asks, *self._wish(streams, now_us, most)]
+            streams[peer].unanswered_asks.update(dict.fromkeys(wanted, strict_us))
+        return [*asks, *self._wish(streams, strict_us, most)]
 
-    def _wish(self, streams: Mapping[str, StreamPayments], now_us: int, most: int) -> list[str]:
+    def _wish(self, streams: Mapping[str, StreamPayments], strict_us: int, most: int) -> list[str]:
         """Wish for the tokens that requests wait for; returns the peers to which there is something to send."""
         for stream in streams.values():
-            self._give_up(stream, now_us)
+            self._give_up(stream, strict_us)
         peers = [
             peer
             for peer, stream in streams.items()
@@ -206,21 +206,21 @@ class PaymentExchange:
             and len(stream.unanswered_wishes) + most <= MAX_OPEN
             and self.ledger.shares.is_member(peer)
         ]
-        wishes = self.ledger.queues.tick(peers, now_us, most, MAX_KEY_BYTES)
+        wishes = self.ledger.queues.tick(peers, strict_us, most, MAX_KEY_BYTES)
         for peer, wanted in wishes.items():
             stream = streams[peer]
             for key, tokens in wanted.items():
                 stream.last_wish += 1
                 self.ledger.queues.by_key[key].policy.bucket.wish(_ticket_number(stream, stream.last_wish))
-                stream.unanswered_wishes[stream.last_wish] = Wish(peer, key, tokens, now_us)
+                stream.unanswered_wishes[stream.last_wish] = Wish(peer, key, tokens, strict_us)
                 stream.wishes_to_send.append(pb.Wish(number=stream.last_wish, key=key, tokens=tokens))
         return list(wishes)
 
-    def _give_up(self, stream: StreamPayments, now_us: int) -> None:
+    def _give_up(self, stream: StreamPayments, strict_us: int) -> None:
         """Give up wishes that are too old to be answered."""
         for _ in range(min(GIVEN_UP_AT_ONCE, len(stream.unanswered_wishes))):
             number, wish = next(iter(stream.unanswered_wishes.items()))
-            if now_us - wish.at_us <= TICKET_US:
+            if strict_us - wish.at_us <= TICKET_US:
                 return
             del stream.unanswered_wishes[number]
             self.ledger.queues.by_key[wish.key].give_up(_ticket_number(stream, number), wish)
@@ -244,13 +244,14 @@ class PaymentExchange:
             raise ProtocolError(
                 Reason.TOO_LARGE, f"{count} asks and payments in a frame; at most {MAX_TAKEN} are taken"
             )
-        now_us = self._strict_us()
-        unknown_keys = self._receive_tickets(peer, payments, stream, now_us)
+        strict_us = self._strict_us()
+        unknown_keys = self._receive_tickets(peer, payments, stream, strict_us)
         for pay in payments.pays:
             # Of no use from a node that is no member: it has not been asked.
             if pay.key in stream.asks_to_send or stream.unanswered_asks.pop(pay.key, None) is None:
                 raise ProtocolError(Reason.UNEXPECTED, "a payment that answers no ask")
-            self.refused += not self.ledger.paid(peer, stream.stream_number, pay.key, Pay(pay.amount, pay.left), now_us)
+            received = Pay(pay.amount, pay.left)
+            self.refused += not self.ledger.receive_payment(peer, stream.stream_number, pay.key, received, strict_us)
             self.received += pay.amount > 0
         for ask in payments.asks:
             check_key(ask.key)
@@ -260,29 +261,29 @@ class PaymentExchange:
             if self.ledger.shares.is_member(peer):
                 asked = Ask(ask.amount, ask.level, ask.demand, ask.is_short)
                 try:
-                    answer = self.ledger.answer(peer, ask.key, asked, now_us)
+                    answer = self.ledger.answer(peer, ask.key, asked, strict_us)
                 except ValueError as error:
                     raise ProtocolError(Reason.BAD_KEY, str(error)) from error
             else:
                 self.refused += 1
             unknown_keys += answer is None
             stream.pays[ask.key] = answer = answer or Pay(0, 0)
-            self.paid += answer.amount > 0
+            self.payments_sent += answer.amount > 0
         return unknown_keys
 
-    def _receive_tickets(self, peer: str, payments: pb.Payments, stream: StreamPayments, now_us: int) -> int:
+    def _receive_tickets(self, peer: str, payments: pb.Payments, stream: StreamPayments, strict_us: int) -> int:
         """The part of `receive` that is about requests that wait: returns, tickets and wishes."""
         ledger = self.ledger
         for back in payments.returns:
             # It may have expired. The stream's number is in the ticket's, so it is of this peer.
-            ledger.release(_ticket_number(stream, back.number), back.amount, now_us)
+            ledger.release(_ticket_number(stream, back.number), back.amount, strict_us)
         for ticket in payments.tickets:
             if ticket.number > stream.last_wish:
                 raise ProtocolError(Reason.UNEXPECTED, "a ticket that answers no wish")
             asked, returned = stream.unanswered_wishes.pop(ticket.number, None), ticket.tokens * TOKEN
             if asked is not None:
                 given = Ticket(min(ticket.tokens, asked.tokens), ticket.left)
-                returned = ledger.accept(_ticket_number(stream, ticket.number), asked, given, now_us)
+                returned = ledger.accept(_ticket_number(stream, ticket.number), asked, given, strict_us)
             if ticket.tokens and len(stream.returns) < MAX_OPEN:
                 stream.returns.append(pb.Return(number=ticket.number, amount=min(returned, MAX_AMOUNT)))
         unknown_keys = 0
@@ -298,7 +299,7 @@ class PaymentExchange:
                 # The peer does not read. It gives the wish up.
                 continue
             try:
-                answer = ledger.set_aside(_ticket_number(stream, wish.number), peer, wish.key, wish.tokens, now_us)
+                answer = ledger.set_aside(_ticket_number(stream, wish.number), peer, wish.key, wish.tokens, strict_us)
             except ValueError as error:
                 raise ProtocolError(Reason.BAD_KEY, str(error)) from error
             unknown_keys += answer is None
@@ -314,9 +315,9 @@ class PaymentExchange:
         Raises:
             ProtocolError: stalled, since the room that is reserved for an answer is of no use to anybody; or exhausted.
         """
-        now_us = self._strict_us()
-        self._give_up(stream, now_us)
-        if now_us - next(iter(stream.unanswered_asks.values()), now_us) > STALL_US:
+        strict_us = self._strict_us()
+        self._give_up(stream, strict_us)
+        if strict_us - next(iter(stream.unanswered_asks.values()), strict_us) > STALL_US:
             raise ProtocolError(Reason.STALLED, f"an ask not answered for {STALL_US // 1_000_000} s")
         if stream.last_wish > MAX_WISHES:
             raise ProtocolError(Reason.EXHAUSTED, f"{MAX_WISHES} wishes were made on this stream")

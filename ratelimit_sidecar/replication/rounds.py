@@ -57,7 +57,7 @@ STEP_WORK: Final = 8_000
 summed up in time. So a round is 4 % of the time, and 1 % for each 200,000 buckets.
 """
 
-PIECE_WORK: Final = 1_000
+ROUND_PIECE_WORK: Final = 1_000
 """The work of one piece; that of the bucket, or of one origin in it, that exceeds it comes on top. Steps are done in
 pieces, and frames are answered in pieces."""
 
@@ -141,11 +141,11 @@ class Round:
 
 
 class Work:
-    """Cuts work, in the units of `LOOK_WORK`, into pieces."""
+    """Cuts work, in the units of `LOOK_WORK`, into pieces. (`server.turns` compares this with other ways to do so.)"""
 
     def __init__(self) -> None:
         self.done = 0
-        self.left = PIECE_WORK
+        self.left = ROUND_PIECE_WORK
         """The work left until the piece ends."""
 
     def ends_piece(self, work: int) -> bool:
@@ -154,7 +154,7 @@ class Work:
         self.left -= work
         if self.left > 0:
             return False
-        self.left = PIECE_WORK
+        self.left = ROUND_PIECE_WORK
         return True
 
 
@@ -215,7 +215,7 @@ class Summing:
         if self._step_left <= 0:
             most = max(self._step_work, self._partition_work * 9 // 8 // STEPS)
             self._step_left = most + LOOK_WORK * len(self._store) // STEPS
-        before, self.work.left = self.work.done, min(self._step_left, PIECE_WORK)
+        before, self.work.left = self.work.done, min(self._step_left, ROUND_PIECE_WORK)
         for _ in self._pieces:
             self._step_left -= self.work.done - before
             return None
@@ -304,7 +304,7 @@ class Summing:
             if work.ends_piece(LOOK_WORK):
                 yield
             range_number = range_of(bucket.key)
-            if range_number // PARTITION_RANGES in partitions and bucket.journal is not None:
+            if range_number // PARTITION_RANGES in partitions and bucket.is_replicated:
                 state = yield from self.state_steps(bucket, at_us, work)
                 if state:
                     current.add(range_number, bucket.key, state)

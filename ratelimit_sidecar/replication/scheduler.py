@@ -9,6 +9,8 @@ The quantum is a part of the time that requests take between two quanta: half of
 one turn takes 0.5 ms, requests get one, not two. So replication keeps a third of a busy loop, or a quarter when
 requests take more than 1.5 ms. The shortest of the latest turns counts: a long quantum after one long turn among short
 ones would make the next turn long as well, for all the requests that come meanwhile.
+
+`server.turns` compares this with other ways to cut long work.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import NamedTuple
 
 from ratelimit_sidecar.replication.pace import Steps
 
-QUANTUM_NS = 200_000
+LEAST_QUANTUM_NS = 200_000
 """The least quantum. The step that uses it up is the last, so one step may come on top."""
 
 FAIR_QUANTUM_NS = 500_000
@@ -52,7 +54,7 @@ class Scheduler:
 
     def __init__(self, monotonic_ns: Callable[[], int] = time.monotonic_ns) -> None:
         self._monotonic_ns = monotonic_ns
-        self._quantum_ns = QUANTUM_NS
+        self._quantum_ns = LEAST_QUANTUM_NS
         self._used_ns = 0
         """How much of the current quantum is used."""
         self._turn_ns = 0
@@ -106,10 +108,12 @@ class Scheduler:
     def _go_on(self) -> None:
         self._used_ns = 0
         turn_ns = (self._monotonic_ns() - self._yielded_ns) // self._turns_of_others
-        self._turn_ns = min(turn_ns, max(QUANTUM_NS, self._turn_ns + self._turn_ns // GROWTH))
+        self._turn_ns = min(turn_ns, max(LEAST_QUANTUM_NS, self._turn_ns + self._turn_ns // GROWTH))
         self._turns_of_others = 1 if self._turn_ns >= LONG_TURN_NS else 2
         others_ns = self._turn_ns * self._turns_of_others
-        self._quantum_ns = max(QUANTUM_NS, min(others_ns // 2, FAIR_QUANTUM_NS), min(others_ns // 3, MAX_QUANTUM_NS))
+        self._quantum_ns = max(
+            LEAST_QUANTUM_NS, min(others_ns // 2, FAIR_QUANTUM_NS), min(others_ns // 3, MAX_QUANTUM_NS)
+        )
         while self._queue and self._used_ns < self._quantum_ns:
             queued = self._queue.popleft()
             if queued.done.cancelled():

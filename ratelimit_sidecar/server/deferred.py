@@ -1,4 +1,4 @@
-"""Answers that come later (`crdt.waiting.Waiting`), for callers that can await them: grpc.aio and HTTP requests."""
+"""Answers that come later (`crdt.waiting.PendingDecision`), for callers that can await: grpc.aio and HTTP requests."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import asyncio
 
 from starlette.types import Receive
 
-from ratelimit_sidecar.crdt.waiting import Waiting
+from ratelimit_sidecar.crdt.waiting import PendingDecision
 
 
-async def answer_of(waiting: Waiting) -> bytes:
+async def answer_of(waiting: PendingDecision) -> bytes:
     """Await the answer of a wait. Cancelling this cancels the wait."""
     ended = asyncio.Event()
     waiting.on_end = ended.set
@@ -31,7 +31,7 @@ class HttpWaits:
         self._most = most
         self._waiting = 0
 
-    async def answer_of(self, waiting: Waiting, receive: Receive) -> bytes | None:
+    async def answer_of(self, waiting: PendingDecision, receive: Receive) -> bytes | None:
         """The answer: at once if too many wait; None if the client is gone before.
 
         Args:

@@ -1,9 +1,9 @@
-"""What a client has done on a connection: `http2.Connection` returns these events, in order."""
+"""What a client has done on a connection: `grpc_connection.Connection` returns these events, in order."""
 
 from __future__ import annotations
 
+from ratelimit_sidecar.server.http2_session import Request
 from ratelimit_sidecar.server.rpc import StreamingMethod, UnaryHandler
-from ratelimit_sidecar.server.session import Request
 
 
 class Call:

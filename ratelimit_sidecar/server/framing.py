@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Final
 from urllib.parse import quote
 
-from ratelimit_sidecar.server.limits import MAX_MESSAGE_BYTES
+from ratelimit_sidecar.server.bounds import MAX_MESSAGE_BYTES
 from ratelimit_sidecar.server.rpc import Code, Metadata, RpcError
 
 PREFIX_BYTES: Final = 5
@@ -48,9 +48,9 @@ def unframe(body: bytes, metadata: Metadata) -> bytes:
     raise _what_is_wrong(body, metadata)
 
 
-def too_large(most: int = MAX_MESSAGE_BYTES) -> RpcError:
+def too_large(max_bytes: int = MAX_MESSAGE_BYTES) -> RpcError:
     """The status for a message beyond the limit."""
-    return RpcError(Code.RESOURCE_EXHAUSTED, f"the request is larger than {most} bytes")
+    return RpcError(Code.RESOURCE_EXHAUSTED, f"the request is larger than {max_bytes} bytes")
 
 
 def compressed(flags: int, metadata: Metadata) -> RpcError:

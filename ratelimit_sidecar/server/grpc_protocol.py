@@ -1,5 +1,5 @@
-"""asyncio's side of a client's connection: received bytes go into its `http2.Connection`, calls are answered at once,
-and all answers to one read are sent in one write.
+"""asyncio's side of a client's connection: received bytes go into its `grpc_connection.Connection`, calls are answered
+at once, and all answers to one read are sent in one write.
 
 Back-pressure: while a client does not read its answers, nothing more is read from it. A long read is handled in slices
 for a quantum of time; then its answers are sent, and other connections have their turns.
@@ -19,13 +19,13 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Final
 
-from ratelimit_sidecar.crdt.waiting import Waiting
+from ratelimit_sidecar.crdt.waiting import PendingDecision
 from ratelimit_sidecar.cycle_collector import young_objects
+from ratelimit_sidecar.server.bounds import ServerBounds
 from ratelimit_sidecar.server.budget import AddressBudget, ConnectionLimiter, Places
 from ratelimit_sidecar.server.events import Call, Event, StreamCancelled, StreamData, StreamStarted
 from ratelimit_sidecar.server.front_end_counts import FrontEndCounts
-from ratelimit_sidecar.server.http2 import PROTOCOL_ERROR, Connection
-from ratelimit_sidecar.server.limits import Limits
+from ratelimit_sidecar.server.grpc_connection import PROTOCOL_ERROR, Connection
 from ratelimit_sidecar.server.rpc import NO_PLACE, SHUTTING_DOWN, FailureLog, Handler, RpcError
 from ratelimit_sidecar.server.streaming import StreamingCall
 from ratelimit_sidecar.server.tls_session import HANDSHAKE_BYTES, TlsSession
@@ -64,13 +64,13 @@ class FrontEndState:
     """
 
     def __init__(
-        self, handlers: Mapping[bytes, Handler], limits: Limits, tasks: asyncio.TaskGroup, turns: Turns
+        self, handlers: Mapping[bytes, Handler], bounds: ServerBounds, tasks: asyncio.TaskGroup, turns: Turns
     ) -> None:
         self.handlers = handlers
-        self.limits = limits
+        self.bounds = bounds
         self.tasks = tasks
         self.turns = turns
-        self.connection_limiter = ConnectionLimiter(limits.connections, limits.held_bytes)
+        self.connection_limiter = ConnectionLimiter(bounds.connections, bounds.held_bytes)
         self.counts = FrontEndCounts()
         self.failures = FailureLog()
         self.connections: set[GrpcProtocol] = set()
@@ -112,19 +112,19 @@ class GrpcProtocol:
         self._is_shaking_hands = tls is not None
         self._queue = budget.calls if tls is None else budget.handshakes
         self._connection = Connection(
-            shared.handlers, shared.limits, budget, shared.counts, now_s=shared.now_s, age_s=age_s
+            shared.handlers, shared.bounds, budget, shared.counts, now_s=shared.now_s, age_s=age_s
         )
         self._transport: asyncio.Transport | None = None
         self._streaming: dict[int, StreamingCall] = {}
-        self._waiting: dict[int, Waiting] = {}
+        self._waiting: dict[int, PendingDecision] = {}
         """The waits of calls that are answered later, by stream."""
         self._blocked: set[StreamingCall] = set()
         """Streaming calls that wait for their client to read."""
-        self._rest: memoryview | None = None
+        self._unfed: memoryview | None = None
         """Received bytes that were not given to the connection yet."""
         self._events: list[Event] = []
-        self._handled = 0
-        """How many of `_events`, the events of the last slice, were handled."""
+        self._next_event = 0
+        """The index of the next one to be handled of `_events`, the events of the last slice."""
         self._is_in_line = False
         """True while it waits for its address' turn."""
         self._is_paused = False
@@ -152,26 +152,26 @@ class GrpcProtocol:
             self._stand_in_line()
         else:
             started_ns = _perf_counter_ns()
-            self._take(data)
+            self._feed(data)
             self._turns.note(self._queue, _perf_counter_ns() - started_ns + READ_NS)
 
-    def _take(self, data: bytes) -> None:
+    def _feed(self, data: bytes) -> None:
         if self._tls is None and len(data) <= SLICE_BYTES:
             events = self._connection.receive(data)
             if len(events) > 1 or self._connection.has_more:
                 self._events = events
-                self._take_slices()
+                self._feed_slices()
             else:
                 for event in events:
                     self._handle(event)
                 self._flush()
         else:
-            self._rest = memoryview(data)
-            self._take_slices()
+            self._unfed = memoryview(data)
+            self._feed_slices()
 
     def _keep_unhandled(self, rest: memoryview) -> None:
         """Keep bytes that are not handled now. A client that makes too many wait is disconnected."""
-        self._rest = rest
+        self._unfed = rest
         self._count_unhandled()
         if self._connection.closed:
             self._flush()
@@ -218,7 +218,7 @@ class GrpcProtocol:
         if not self._unwritten or unwritten < self._unwritten:
             self._unwritten_since_s = now_s
         self._unwritten = unwritten
-        if unwritten and now_s - self._unwritten_since_s >= self._shared.limits.stalled:
+        if unwritten and now_s - self._unwritten_since_s >= self._shared.bounds.stalled:
             if not self._is_closing:
                 self._shared.counts.closed_connections["stalled"] += 1
             transport.abort()
@@ -253,32 +253,32 @@ class GrpcProtocol:
 
     def _is_behind(self) -> bool:
         """True if some received bytes or events are not handled yet."""
-        if self._rest is not None or self._handled < len(self._events) or self._connection.has_more:
+        if self._unfed is not None or self._next_event < len(self._events) or self._connection.has_more:
             return True
         tls = self._tls
         return tls is not None and tls.has_more
 
     def _forget_unhandled(self) -> None:
-        self._rest = None
+        self._unfed = None
         self._events = []
-        self._handled = 0
+        self._next_event = 0
         if self._tls is not None:
             self._tls.has_more = False
         self._connection.count_unhandled(0)
 
     def _count_unhandled(self) -> None:
         """Count the memory of received bytes that wait, and of a handshake that has begun."""
-        size = 0 if self._rest is None else len(self._rest)
+        size = 0 if self._unfed is None else len(self._unfed)
         self._connection.count_unhandled(size + HANDSHAKE_BYTES if self._is_shaking_hands else size)
 
-    def _take_slices(self) -> None:
+    def _feed_slices(self) -> None:
         """Handle received bytes for one quantum; what is left waits for a turn."""
         started_ns = _perf_counter_ns()
         while True:
             events = self._events
-            while self._handled < len(events):
-                event = events[self._handled]
-                self._handled += 1
+            while self._next_event < len(events):
+                event = events[self._next_event]
+                self._next_event += 1
                 self._handle(event)
                 if _perf_counter_ns() - started_ns >= QUANTUM_NS:
                     break
@@ -294,29 +294,29 @@ class GrpcProtocol:
             if self._connection.has_more:
                 data: bytes | memoryview = b""
             elif tls is None:
-                data = self._take_rest()
+                data = self._next_slice()
             else:
                 data = self._decrypt(tls)
             if data or self._connection.has_more:
                 self._events = self._connection.receive(data)
-                self._handled = 0
+                self._next_event = 0
         if not self._is_behind():
             self._events = []
-            self._handled = 0
+            self._next_event = 0
             self._count_unhandled()
         self._flush()
 
-    def _take_rest(self) -> memoryview:
+    def _next_slice(self) -> memoryview:
         """Take a slice of the received bytes that wait."""
-        rest = self._rest
+        rest = self._unfed
         assert rest is not None
-        self._rest = rest[SLICE_BYTES:] if len(rest) > SLICE_BYTES else None
+        self._unfed = rest[SLICE_BYTES:] if len(rest) > SLICE_BYTES else None
         return rest[:SLICE_BYTES]
 
     def _decrypt(self, tls: TlsSession) -> bytes:
         """Take a slice of what the received bytes say, or go on with the handshake, which says nothing."""
         if not tls.has_more:
-            tls.receive(self._take_rest())
+            tls.receive(self._next_slice())
         data = tls.read(SLICE_BYTES)
         if tls.is_over:
             self._forget_unhandled()
@@ -337,15 +337,15 @@ class GrpcProtocol:
         if not self._is_in_line:
             self._is_in_line = True
             self._stop_reading()
-            self._turns.join(self._queue, self._take_turn)
+            self._turns.join(self._queue, self._on_turn)
 
-    def _take_turn(self) -> None:
+    def _on_turn(self) -> None:
         self._is_in_line = False
         if self._transport is None or self._is_paused:
             return
         try:
             if self._is_behind():
-                self._take_slices()
+                self._feed_slices()
             self._resume_reading()
             self._turns.charge(LARGE_READ_NS)
         except Exception as failure:
@@ -379,7 +379,7 @@ class GrpcProtocol:
             if waiting is not None:
                 waiting.cancel()
 
-    def _answer(self, call: Call, waiting: Waiting | None = None) -> None:
+    def _answer(self, call: Call, waiting: PendingDecision | None = None) -> None:
         """Answer a call.
 
         Args:
@@ -387,7 +387,7 @@ class GrpcProtocol:
         """
         try:
             response = call.handler(call.message, call.request) if waiting is None else waiting.result()
-            if isinstance(response, Waiting):
+            if isinstance(response, PendingDecision):
                 if self._connection.keep(call):
                     self._wait(call, response)
                     return
@@ -400,13 +400,13 @@ class GrpcProtocol:
         else:
             self._connection.answer(call, response)
 
-    def _wait(self, call: Call, waiting: Waiting) -> None:
+    def _wait(self, call: Call, waiting: PendingDecision) -> None:
         # The handler keeps the message itself.
         call.message = b""
         self._waiting[call.request.stream_id] = waiting
         waiting.on_end = partial(self._answer_late, call, waiting)
 
-    def _answer_late(self, call: Call, waiting: Waiting) -> None:
+    def _answer_late(self, call: Call, waiting: PendingDecision) -> None:
         del self._waiting[call.request.stream_id]
         self._answer(call, waiting)
         self._flush()
@@ -463,7 +463,7 @@ class GrpcProtocol:
             return
         if self._streaming or self._waiting:
             late = connection.late()
-            if self._handled < len(self._events):
+            if self._next_event < len(self._events):
                 # Handle them after the earlier events.
                 self._events.extend(late)
             else:

@@ -15,11 +15,11 @@ from contextlib import aclosing
 import grpc
 import grpc.aio
 
-from ratelimit_sidecar.crdt.waiting import Waiting
+from ratelimit_sidecar.crdt.waiting import PendingDecision
+from ratelimit_sidecar.server.bounds import DEFAULT_BOUNDS, MAX_HEADER_BYTES, MAX_MESSAGE_BYTES, ServerBounds
 from ratelimit_sidecar.server.budget import Budget
 from ratelimit_sidecar.server.deferred import answer_of
-from ratelimit_sidecar.server.http2 import CALL_BYTES
-from ratelimit_sidecar.server.limits import DEFAULT_LIMITS, MAX_HEADER_BYTES, MAX_MESSAGE_BYTES, Limits
+from ratelimit_sidecar.server.grpc_connection import CALL_BYTES
 from ratelimit_sidecar.server.listeners import (
     UNAVAILABLE,
     UNIX_PREFIX,
@@ -73,7 +73,7 @@ class GrpcioFrontEnd:
 
     Args:
         addresses: as `server.listeners.listen` takes them.
-        limits: only those that the C core can keep apply.
+        bounds: only those that the C core can keep apply.
         certificate: for TCP addresses; None for plain text.
         supervisor: makes the new server, and counts that.
     """
@@ -83,7 +83,7 @@ class GrpcioFrontEnd:
         handlers: Handlers,
         addresses: Sequence[str],
         *,
-        limits: Limits = DEFAULT_LIMITS,
+        bounds: ServerBounds = DEFAULT_BOUNDS,
         certificate: ServerCertificate | None = None,
         supervisor: Supervisor | None = None,
     ) -> None:
@@ -92,10 +92,10 @@ class GrpcioFrontEnd:
         self._configured = addresses
         self._certificate = certificate
         self._supervisor = Supervisor() if supervisor is None else supervisor
-        self._drain_seconds = limits.drain
-        self._options = _options(limits)
+        self._drain_seconds = bounds.drain
+        self._options = _options(bounds)
         self._stopping = asyncio.Event()
-        self._handlers = _generic_handlers(handlers, self._stopping, certificate, Budget(limits.held_bytes))
+        self._handlers = _generic_handlers(handlers, self._stopping, certificate, Budget(bounds.held_bytes))
         self._server: grpc.aio.Server | None = None
         self._files: list[SocketFile] = []
 
@@ -228,26 +228,26 @@ class _Metadata:
             yield name.encode("ascii"), value if isinstance(value, bytes) else value.encode("utf-8")
 
 
-def _options(limits: Limits) -> list[tuple[str, int]]:
+def _options(bounds: ServerBounds) -> list[tuple[str, int]]:
     options = [
         # Without this a later process could share the port, and neither would know.
         ("grpc.so_reuseport", 0),
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-        ("grpc.max_allowed_incoming_connections", limits.connections),
-        ("grpc.server_handshake_timeout_ms", int(limits.handshake * 1_000)),
-        ("grpc.max_concurrent_streams", limits.streams),
+        ("grpc.max_allowed_incoming_connections", bounds.connections),
+        ("grpc.server_handshake_timeout_ms", int(bounds.handshake * 1_000)),
+        ("grpc.max_concurrent_streams", bounds.streams),
         ("grpc.max_metadata_size", MAX_HEADER_BYTES),
         ("grpc.absolute_max_metadata_size", MAX_HEADER_BYTES),
-        ("grpc.max_connection_idle_ms", int(limits.idle * 1_000)),
+        ("grpc.max_connection_idle_ms", int(bounds.idle * 1_000)),
         # While there are calls; without bounds on how often, which are there for clients.
-        ("grpc.keepalive_time_ms", int(limits.ping_after * 1_000)),
-        ("grpc.keepalive_timeout_ms", int(limits.ping_after * 1_000)),
-        ("grpc.http2.ping_timeout_ms", int(limits.ping_after * 1_000)),
+        ("grpc.keepalive_time_ms", int(bounds.ping_after * 1_000)),
+        ("grpc.keepalive_timeout_ms", int(bounds.ping_after * 1_000)),
+        ("grpc.http2.ping_timeout_ms", int(bounds.ping_after * 1_000)),
         ("grpc.http2.max_pings_without_data", 0),
     ]
-    if limits.age is not None:
-        options.append(("grpc.max_connection_age_ms", min(int(limits.age * 1_000), MAX_MS)))
-        options.append(("grpc.max_connection_age_grace_ms", int(min(limits.age_grace * 1_000, MAX_MS))))
+    if bounds.age is not None:
+        options.append(("grpc.max_connection_age_ms", min(int(bounds.age * 1_000), MAX_MS)))
+        options.append(("grpc.max_connection_age_grace_ms", int(min(bounds.age_grace * 1_000, MAX_MS))))
     return options
 
 
@@ -278,7 +278,9 @@ def _unary(
             if named is not None:
                 _check_client(context, named)
             response = handler(message, _Metadata(context))
-            return await _late(response, message, context, budget) if isinstance(response, Waiting) else response
+            return (
+                await _late(response, message, context, budget) if isinstance(response, PendingDecision) else response
+            )
         except RpcError as error:
             status = error
         except Exception as error:
@@ -334,7 +336,7 @@ def _streaming(
 
 
 async def _late(
-    waiting: Waiting, message: bytes, context: grpc.aio.ServicerContext[bytes, bytes], budget: Budget
+    waiting: PendingDecision, message: bytes, context: grpc.aio.ServicerContext[bytes, bytes], budget: Budget
 ) -> bytes:
     """An answer that comes later; at once if those that wait hold too much memory."""
     held = CALL_BYTES + len(message) + sum(len(name) + len(value) for name, value in _Metadata(context))

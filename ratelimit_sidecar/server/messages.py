@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from ratelimit_sidecar.server.bounds import MAX_STREAMED_BYTES
 from ratelimit_sidecar.server.framing import PREFIX_BYTES, compressed, too_large
-from ratelimit_sidecar.server.limits import MAX_STREAMED_BYTES
 from ratelimit_sidecar.server.rpc import Code, Metadata, RpcError
 
 

@@ -1,8 +1,9 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False
-"""A server's HTTP/2 session for `http2.Connection`, on libnghttp2 in C.
+"""A server's HTTP/2 session for `grpc_connection.Connection`, on libnghttp2 in C.
 
-`portable_http2` is the same on the package ngh2, for installations without a C compiler; a test compares the two. A
-request's headers stay one block of memory until they are read, and an answer is one call.
+`native_http2.pyi` describes the interface. `portable_http2` is the same on the package ngh2, for installations without a
+C compiler; a test compares the two. A request's headers stay one block of memory until they are read, and an answer is
+one call.
 
 Safety. nghttp2 calls back while it parses or writes. A callback never raises: one that fails makes nghttp2 fail with it,
 and a session in which nghttp2 has failed neither parses nor writes again. Callbacks run only this module's code, so
@@ -141,12 +142,6 @@ cdef enum:
 
 
 class BrokenSession(Exception):
-    """The session has failed: nothing more can be received or sent.
-
-    Args:
-        code: of HTTP/2, for a GOAWAY.
-    """
-
     def __init__(self, int code):
         super().__init__(code)
         self.code = code
@@ -156,29 +151,16 @@ class BrokenSession(Exception):
 @cython.no_gc
 @cython.freelist(128)
 cdef class Request:
-    """A request and its stream. `Session.receive` returns it when its headers are complete, and again when more has arrived
-    while `is_wanted` is set. Once it is answered it has no headers any more.
-    """
-
     cdef readonly int stream_id
     cdef readonly bytes path
-    """"" without a path."""
     cdef readonly bint is_plain_call
-    """A POST of exactly `application/grpc` with `te: trailers`, not oversized: what nearly everybody sends."""
     cdef readonly bint may_be_sampled
-    """Its `traceparent` has the sampled flag (W3C Trace Context, 3.2), or it has headers of B3, whatever they say."""
     cdef readonly bint is_oversized
-    """Its headers were too large; they are empty here."""
     cdef readonly bint ended
-    """True if the client has sent everything."""
     cdef readonly bint lost
-    """True if the stream is closed: the client has reset it, or it is answered."""
     cdef readonly bint is_answered
-    """True if the headers of its response were submitted."""
     cdef public bint is_wanted
-    """Set it to get the request again when more of it arrives."""
     cdef readonly Py_ssize_t header_bytes
-    """The size of the headers as RFC 9113 (6.5.2) counts it."""
     cdef object _body  # bytes, or a bytearray once there is more than one part
     cdef Py_ssize_t _unconsumed
     cdef bint _is_listed
@@ -203,11 +185,9 @@ cdef class Request:
 
     @property
     def body_bytes(self):
-        """The number of bytes of the body that were received and not taken."""
         return len(self._body)
 
     def take_body(self):
-        """The bytes of the body received since the last call."""
         body = self._body
         self._body = b""
         return body if type(body) is bytes else bytes(body)
@@ -216,7 +196,6 @@ cdef class Request:
         return iter(self.headers())
 
     def headers(self):
-        """All headers, pseudo-headers too, as pairs of bytes."""
         cdef size_t at = 0
         cdef uint32_t lengths[2]
         cdef list found = []
@@ -231,7 +210,6 @@ cdef class Request:
         return tuple(found)
 
     def get(self, bytes name not None):
-        """The value of the first header of that name, or None."""
         cdef size_t at = 0
         cdef uint32_t lengths[2]
         cdef size_t length = PyBytes_GET_SIZE(name)
@@ -284,15 +262,6 @@ cdef enum:  # Request._seen
 @cython.final
 @cython.no_gc
 cdef class Session:
-    """A server's session of HTTP/2.
-
-    Args:
-        max_streams: the most open streams.
-        stream_window, connection_window: bytes a client may send before they are consumed.
-        max_header_bytes: the largest headers of a request; with larger ones it is `Request.is_oversized`.
-        resets: streams that a client may reset at once, and then in each second.
-    """
-
     cdef nghttp2_session *_session
     cdef int _broken
     """The code for a GOAWAY, if nghttp2 has failed."""
@@ -301,26 +270,17 @@ cdef class Session:
     cdef bytes _last_path
     cdef Py_ssize_t _max_header_bytes
     cdef readonly Py_ssize_t unsent
-    """The bytes of answers that wait for window from the client."""
     cdef readonly long long taken
-    """The bytes of answers that the client has taken since the start, or will not take because the stream is closed."""
     cdef readonly int finished
-    """Streams that are open though their answers are complete: the client has not taken them yet."""
     cdef readonly long long control_frames
-    """The frames received since the start that carry no part of a request."""
     cdef readonly bint has_settings
-    """True if the client's SETTINGS have arrived."""
     cdef bytes _unread  # taken by `receive`, not by nghttp2
     cdef Py_ssize_t _step_bytes, _block_bytes  # of headers, decoded: in this step, and of these headers
     cdef readonly bint has_more
-    """True if `receive` has to be called again, without bytes, for the rest of those that it has taken."""
     cdef Request _amid_headers  # whose headers have begun and are not complete
     cdef readonly bint said_goodbye
-    """True if the client has sent GOAWAY."""
     cdef readonly bytes ponged
-    """The payload of the last acknowledged PING."""
     cdef readonly int sent_goaway_code
-    """Of the latest GOAWAY that was sent."""
 
     def __cinit__(self, *, uint32_t max_streams, int stream_window, int connection_window, Py_ssize_t max_header_bytes,
                   tuple resets not None):
@@ -370,23 +330,13 @@ cdef class Session:
 
     @property
     def is_amid_headers(self):
-        """True while the headers of a request have begun and are not complete."""
         return self._amid_headers is not None
 
     @property
     def amid_header_bytes(self):
-        """The memory of headers that are not complete."""
         return 0 if self._amid_headers is None else self._amid_headers._fields_size
 
     def receive(self, data):
-        """Take bytes of the network.
-
-        Returns:
-            The requests whose headers came with them, and those that are wanted and of which something came, each once.
-
-        Raises:
-            BrokenSession: the client has broken HTTP/2 in a way that nghttp2 has no GOAWAY for, or floods.
-        """
         cdef Py_buffer view
         cdef nghttp2_ssize taken
         if self._broken:
@@ -406,7 +356,6 @@ cdef class Session:
         return self._take_changed()
 
     def late(self):
-        """As `receive`, for events that arose while output was produced."""
         return self._take_changed()
 
     cdef list _take_changed(self):
@@ -420,11 +369,6 @@ cdef class Session:
         return changed
 
     def output(self):
-        """What is to be sent now.
-
-        Raises:
-            BrokenSession: as in `receive`, or there is no memory for it. What was to be sent is lost.
-        """
         cdef const uint8_t *data
         cdef nghttp2_ssize length
         cdef char *buffer = NULL
@@ -458,12 +402,10 @@ cdef class Session:
 
     @property
     def needs_replacing(self):
-        """True if the connection has lost so much of its window that the client will stall. (Never here.)"""
         return False
 
     @property
     def is_over(self):
-        """True if nothing more is to be received or sent."""
         if self._broken:
             return True
         return not nghttp2_session_want_read(self._session) and not nghttp2_session_want_write(self._session)
@@ -472,17 +414,11 @@ cdef class Session:
     # so it does no harm to a broken session either.
 
     cpdef void answer(self, Request request, bytes message):
-        """Answer with one gRPC message and the status OK."""
         if self.begin(request):
             self.send(request, message)
             self.finish(request, OK_TRAILERS)
 
     cpdef bint begin(self, Request request) except -1:
-        """Send the headers of a gRPC response with messages.
-
-        Returns:
-            Whether messages can be sent.
-        """
         cdef nghttp2_data_provider2 provider
         if request is None:
             raise TypeError("a request is needed")
@@ -495,7 +431,6 @@ cdef class Session:
         return request._is_open
 
     cpdef void send(self, Request request, bytes message):
-        """Send a gRPC message, after `begin`."""
         if request is None or message is None:
             raise TypeError("a request and a message are needed")
         if not request._is_open or request._is_finished:
@@ -512,7 +447,6 @@ cdef class Session:
         self._resume(request)
 
     cpdef void finish(self, Request request, tuple trailers):
-        """End a response after what was sent before."""
         if request is None or trailers is None:
             raise TypeError("a request and trailers are needed")
         if trailers is not OK_TRAILERS:
@@ -526,7 +460,6 @@ cdef class Session:
             self._resume(request)
 
     def respond(self, Request request not None, tuple headers not None, bytes body not None=b""):
-        """Answer with these headers, and perhaps a body that is no gRPC message."""
         cdef nghttp2_data_provider2 provider
         cdef nghttp2_nv *fields
         cdef int failed
@@ -551,12 +484,9 @@ cdef class Session:
             self.consume(request, request._unconsumed)
 
     def unsent_of(self, Request request not None):
-        """The bytes of a response that wait for window from the client."""
         return request._unsent
 
     def has_sent_all(self, Request request not None):
-        """Whether all of a finished response has left with the output so far, trailers too. Where that cannot be told it
-        is false."""
         return request.lost or request._is_sent
 
     def reset(self, Request request not None, uint32_t code):
@@ -564,8 +494,6 @@ cdef class Session:
             nghttp2_submit_rst_stream(self._session, NGHTTP2_FLAG_NONE, request.stream_id, code)
 
     cpdef void consume(self, Request request, Py_ssize_t count):
-        """Let the client send as many bytes more. The rest is consumed when the stream is closed, or already at the end
-        of the request when it is not wanted then."""
         if request is None:
             raise TypeError("a request is needed")
         count = min(count, request._unconsumed)
@@ -574,24 +502,18 @@ cdef class Session:
             nghttp2_session_consume(self._session, request.stream_id, count)
 
     def ping(self, bytes payload not None):
-        """Args:
-        payload: 8 bytes.
-        """
         if PyBytes_GET_SIZE(payload) != 8:
             raise ValueError("a PING carries 8 bytes")
         nghttp2_submit_ping(self._session, NGHTTP2_FLAG_NONE, <const uint8_t *>PyBytes_AS_STRING(payload))
 
     def send_shutdown_notice(self):
-        """Send a GOAWAY that asks for no new streams, and still accepts them."""
         nghttp2_submit_shutdown_notice(self._session)
 
     def send_goaway(self):
-        """Send a GOAWAY that says which streams were taken."""
         nghttp2_submit_goaway(self._session, NGHTTP2_FLAG_NONE,
                               nghttp2_session_get_last_proc_stream_id(self._session), 0, NULL, 0)
 
     def terminate(self, uint32_t code):
-        """Send a last GOAWAY; nothing is received after it."""
         nghttp2_session_terminate_session(self._session, code)
 
     cdef void _resume(self, Request request) noexcept:

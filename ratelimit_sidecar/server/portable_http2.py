@@ -54,7 +54,7 @@ def _says_sampled(name: bytes, value: bytes) -> bool:
 
 
 class Request:
-    """A request and its stream (see `native_http2`)."""
+    """A request and its stream; `native_http2.pyi` describes it."""
 
     __slots__ = (
         "_headers",
@@ -118,7 +118,7 @@ class Request:
 
 
 class Session:
-    """A server's session of HTTP/2 (see `native_http2`)."""
+    """A server's session of HTTP/2; `native_http2.pyi` describes it."""
 
     def __init__(
         self,

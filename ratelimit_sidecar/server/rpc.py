@@ -1,9 +1,9 @@
 """The interface between front ends and services: messages and headers in, messages or a status out.
 
 A unary handler is synchronous, because it answers from memory; a front end runs it on the event loop, one call at a
-time. A few calls are answered later (`crdt.waiting.Waiting`). A method with a stream of messages on either side is an
-asynchronous generator, in a task of its own. After an unexpected exception in a handler, its caller gets the status
-INTERNAL, and other calls go on.
+time. A few calls are answered later (`crdt.waiting.PendingDecision`). A method with a stream of messages on either side
+is an asynchronous generator, in a task of its own. After an unexpected exception in a handler, its caller gets the
+status INTERNAL, and other calls go on.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Final, Protocol
 
 import structlog
 
-from ratelimit_sidecar.crdt.waiting import Waiting
+from ratelimit_sidecar.crdt.waiting import PendingDecision
 from ratelimit_sidecar.server.budget import Places
 from ratelimit_sidecar.telemetry.traces import trace_fields
 
@@ -43,7 +43,7 @@ class Headers:
         return iter(self._pairs)
 
 
-UnaryHandler = Callable[[bytes, Metadata], bytes | Waiting]
+UnaryHandler = Callable[[bytes, Metadata], bytes | PendingDecision]
 """A handler: serialized request and headers to serialized response, or one that comes later. It raises `RpcError` to
 answer with a status.
 """
@@ -61,7 +61,7 @@ class StreamingMethod:
     Args:
         takes_parts: True to be given messages of any size in parts, as they come. Where one ends and the next begins is
             not said: messages of protobuf can be read one after the other like one. False for whole messages of at most
-            `limits.MAX_STREAMED_BYTES`.
+            `bounds.MAX_STREAMED_BYTES`.
         places: bounds how many of its calls are open at once; None if only their memory is bounded.
     """
 

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Final
 
 from ratelimit_sidecar.server.events import StreamStarted
-from ratelimit_sidecar.server.http2 import Connection
+from ratelimit_sidecar.server.grpc_connection import Connection
 from ratelimit_sidecar.server.messages import MessageReader
 from ratelimit_sidecar.server.rpc import FailureLog, RpcError
 from ratelimit_sidecar.server.turn_event import TurnEvent

@@ -15,7 +15,7 @@ from typing import Final
 
 from google.protobuf.message import DecodeError
 
-from ratelimit_sidecar.crdt.waiting import Waiting
+from ratelimit_sidecar.crdt.waiting import PendingDecision
 from ratelimit_sidecar.envoy_api.envoy.config.core.v3.base_pb2 import HeaderValueOption
 from ratelimit_sidecar.envoy_api.envoy.service.auth.v3.external_auth_pb2 import (
     CheckResponse,
@@ -84,7 +84,7 @@ class ExtAuthzService:
         domains = self._rules().domains
         return not domain or not domains or text_of(domain) in domains
 
-    def check(self, request: bytes, metadata: Metadata) -> bytes | Waiting:
+    def check(self, request: bytes, metadata: Metadata) -> bytes | PendingDecision:
         """Answer a serialized CheckRequest with a serialized CheckResponse, perhaps later.
 
         Raises:
@@ -98,9 +98,9 @@ class ExtAuthzService:
             raise
         domain = http.context_extensions.get(DOMAIN_EXTENSION, b"")
         decision = self.decide(domain, http, metadata)
-        return decision.then(_check_response) if isinstance(decision, Waiting) else _check_response(decision)
+        return decision.then(_check_response) if isinstance(decision, PendingDecision) else _check_response(decision)
 
-    def decide(self, domain: bytes, http: HttpRequest, metadata: Metadata) -> bytes | Waiting:
+    def decide(self, domain: bytes, http: HttpRequest, metadata: Metadata) -> bytes | PendingDecision:
         """The rate limit service's answer for an HTTP request: a serialized RateLimitResponse, perhaps later.
 
         Args:

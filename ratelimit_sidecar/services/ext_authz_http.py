@@ -16,7 +16,7 @@ from urllib.parse import unquote_to_bytes
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ratelimit_sidecar.crdt.waiting import Waiting
+from ratelimit_sidecar.crdt.waiting import PendingDecision
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 from ratelimit_sidecar.limiter.http_mapping import HttpRequest
 from ratelimit_sidecar.server.deferred import HttpWaits
@@ -38,7 +38,7 @@ def ext_authz_app(service: ExtAuthzService, waits: HttpWaits) -> ASGIApp:
         if raw_path.startswith(PREFIX) and service.knows(domain):
             try:
                 decision = _decide(service, scope, domain, slash + path)
-                raw = await waits.answer_of(decision, receive) if isinstance(decision, Waiting) else decision
+                raw = await waits.answer_of(decision, receive) if isinstance(decision, PendingDecision) else decision
                 if raw is None:
                     return
                 response = _answer(raw)
@@ -54,7 +54,7 @@ def ext_authz_app(service: ExtAuthzService, waits: HttpWaits) -> ASGIApp:
     return answer
 
 
-def _decide(service: ExtAuthzService, scope: Scope, domain: bytes, path: bytes) -> bytes | Waiting:
+def _decide(service: ExtAuthzService, scope: Scope, domain: bytes, path: bytes) -> bytes | PendingDecision:
     http = HttpRequest(first_values(scope["headers"]), {}, path, scope["method"].encode())
     return service.decide(domain, http, Headers(scope["headers"]))
 

@@ -51,7 +51,7 @@ class QuotaService:
     """The service, with one method, `StreamRateLimitQuotas`. Run `run` as a task.
 
     Args:
-        now_us: returns the time of the clock of `quotas`.
+        strict_us: the clock of strict limits, and of `quotas`.
         waits_for_rules: True to refuse streams until `rules_loaded`.
         turns: of the event loop; its own if None. All that streams do is done in turns.
     """
@@ -59,14 +59,14 @@ class QuotaService:
     def __init__(
         self,
         quotas: Quotas,
-        now_us: Callable[[], int],
+        strict_us: Callable[[], int],
         *,
         waits_for_rules: bool = False,
         turns: Turns | None = None,
     ) -> None:
         self.quotas = quotas
         self.places = Places(MAX_STREAMS)
-        self._now_us = now_us
+        self._strict_us = strict_us
         self._waits_for_rules = waits_for_rules
         self._turns = turns or Turns()
         self._queue = StepQueue()
@@ -86,12 +86,12 @@ class QuotaService:
         warned_us = refused = 0
         while True:
             await asyncio.sleep(TICK_SECONDS if self.quotas.pools else IDLE_TICK_SECONDS)
-            self.quotas.tick(self._now_us())
+            self.quotas.tick(self._strict_us())
             before, refused = refused, self.quotas.counts.errors["no_room"]
-            if refused > before and self._now_us() - warned_us >= WARNING_US:
-                warned_us = self._now_us()
+            if refused > before and self._strict_us() - warned_us >= WARNING_US:
+                warned_us = self._strict_us()
                 _log.warning("quota_buckets_full", no_room=refused, buckets=self.quotas.bucket_count)
-            while self.quotas.drop_closed(self._now_us()):  # noqa: ASYNC110 (it does the work itself)
+            while self.quotas.drop_closed(self._strict_us()):  # noqa: ASYNC110 (it does the work itself)
                 await asyncio.sleep(0)
 
     async def stream(self, requests: AsyncIterator[bytes], _metadata: Metadata) -> AsyncGenerator[bytes, None]:
@@ -110,7 +110,7 @@ class QuotaService:
         reading.add_done_callback(lambda _reading: woken.set())
         try:
             while True:
-                actions = self.quotas.take_actions(stream, self._now_us(), ACTIONS_AT_ONCE)
+                actions = self.quotas.take_actions(stream, self._strict_us(), ACTIONS_AT_ONCE)
                 if actions:
                     yield _response(actions)
                 elif stream.due:
@@ -137,7 +137,7 @@ class QuotaService:
                 while reader.has_more:
                     await next_step.turn()
                     usages = reader.usages()
-                    self.quotas.report(stream, reader.domain, usages, self._now_us())
+                    self.quotas.report(stream, reader.domain, usages, self._strict_us())
             reader.end()
         except InvalidReports as invalid:
             refusal = RpcError(Code.INVALID_ARGUMENT, str(invalid))

@@ -12,7 +12,7 @@ from functools import partial
 from math import inf
 from typing import Final, Protocol
 
-from ratelimit_sidecar.crdt.waiting import Waiting
+from ratelimit_sidecar.crdt.waiting import PendingDecision
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.plan import Plan
 from ratelimit_sidecar.limiter.request import InvalidRequest
@@ -93,7 +93,7 @@ class RateLimitService:
         """Stop refusing calls: rules are loaded."""
         self._waits_for_rules = False
 
-    def should_rate_limit(self, request: bytes, metadata: Metadata, in_full: bool = False) -> bytes | Waiting:
+    def should_rate_limit(self, request: bytes, metadata: Metadata, in_full: bool = False) -> bytes | PendingDecision:
         """Answer a serialized RateLimitRequest with a serialized RateLimitResponse, perhaps later.
 
         Other services that ask the same question call it, too.
@@ -111,7 +111,7 @@ class RateLimitService:
         started_ns = _perf_counter_ns()
         try:
             if self._waits is None:
-                response: bytes | Waiting = self._limiter.decide(request, self._now_us(), in_full)
+                response: bytes | PendingDecision = self._limiter.decide(request, self._now_us(), in_full)
             else:
                 response = self._limiter.decide_or_wait(request, self._now_us(), in_full)
         except InvalidRequest as error:
@@ -122,7 +122,7 @@ class RateLimitService:
             raise
         elapsed_ns = _perf_counter_ns() - started_ns
         self._latency.observe(elapsed_ns)
-        if isinstance(response, Waiting):
+        if isinstance(response, PendingDecision):
             return self._hold(response, metadata)
         try:
             parent = self._tracer.sampled(metadata) if metadata.may_be_sampled else None
@@ -138,7 +138,7 @@ class RateLimitService:
             self._failures.log_first(_PATH, failure, metadata)
         return response
 
-    def _hold(self, waiting: Waiting, metadata: Metadata) -> Waiting:
+    def _hold(self, waiting: PendingDecision, metadata: Metadata) -> PendingDecision:
         assert self._waits is not None
         most_s = inf
         try:

@@ -11,14 +11,14 @@ from collections.abc import Callable
 from typing import Final
 
 from ratelimit_sidecar.crdt.wait_queues import WaitQueues
-from ratelimit_sidecar.crdt.waiting import Outcome, Waiting
+from ratelimit_sidecar.crdt.waiting import Outcome, PendingDecision
 from ratelimit_sidecar.server.rpc import FailureLog
 
 STEP: Final = 64
 
 
 class Waits:
-    """The waits of one process. Pass each new one to `hold`; when it has ended, `Waiting.on_end` is called.
+    """The waits of one process. Pass each new one to `hold`; when it has ended, `PendingDecision.on_end` is called.
 
     Args:
         strict_us: the clock of strict limits.
@@ -27,13 +27,13 @@ class Waits:
     def __init__(self, queues: WaitQueues, strict_us: Callable[[], int]) -> None:
         self._queues = queues
         self._strict_us = strict_us
-        self._timers: dict[Waiting, asyncio.TimerHandle] = {}
-        self._due: deque[tuple[Waiting, Outcome]] = deque()
+        self._timers: dict[PendingDecision, asyncio.TimerHandle] = {}
+        self._due: deque[tuple[PendingDecision, Outcome]] = deque()
         self._is_scheduled = False
         self._failures = FailureLog()
         queues.on_ended = self._schedule
 
-    def hold(self, waiting: Waiting, most_seconds: float) -> None:
+    def hold(self, waiting: PendingDecision, most_seconds: float) -> None:
         """Take charge of a new wait: end it after its rule's `wait`, or after `most_seconds` if that is less.
 
         Args:
@@ -43,16 +43,16 @@ class Waits:
         self._timers[waiting] = asyncio.get_running_loop().call_later(seconds, self._fall_due, waiting, Outcome.EXPIRED)
         waiting.owner = self
 
-    def cancel(self, waiting: Waiting) -> None:
-        """See `Waiting.cancel`."""
+    def cancel(self, waiting: PendingDecision) -> None:
+        """See `PendingDecision.cancel`."""
         if waiting.queue is not None:
             self._fall_due(waiting, Outcome.CANCELLED)
 
-    def end_now(self, waiting: Waiting) -> None:
-        """See `Waiting.end_now`."""
+    def end_now(self, waiting: PendingDecision) -> None:
+        """See `PendingDecision.end_now`."""
         self._queues.leave(waiting, Outcome.ENDED, self._strict_us())
 
-    def _fall_due(self, waiting: Waiting, outcome: Outcome) -> None:
+    def _fall_due(self, waiting: PendingDecision, outcome: Outcome) -> None:
         self._due.append((waiting, outcome))
         self._schedule()
 
@@ -73,7 +73,7 @@ class Waits:
         if self._due or ended:
             self._schedule()
 
-    def _deliver(self, waiting: Waiting) -> None:
+    def _deliver(self, waiting: PendingDecision) -> None:
         on_end, waiting.on_end = waiting.on_end, None
         try:
             if on_end is not None:

@@ -70,7 +70,7 @@ class ClockStatus(Protocol):
 
 
 class FrontEndStatus(Protocol):
-    """What is read of the front end (`ratelimit_sidecar.server.h2.H2FrontEnd`, a layer above)."""
+    """What is read of the front end (`ratelimit_sidecar.server.grpc_front_end.GrpcFrontEnd`, a layer above)."""
 
     @property
     def open_connections(self) -> int: ...

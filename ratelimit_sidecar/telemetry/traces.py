@@ -36,7 +36,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 from ratelimit_sidecar.limiter.key import readable
-from ratelimit_sidecar.limiter.plan import Plan, Step
+from ratelimit_sidecar.limiter.plan import Plan, PlannedTake
 from ratelimit_sidecar.limiter.rules import Consistency
 
 # They log a warning for each malformed member of a `tracestate`, so callers could fill the log.
@@ -168,13 +168,13 @@ class RequestTracer:
         assert isinstance(parent, Context)
         answer = RateLimitResponse.FromString(response)
         decided = [
-            (step, status.code == RateLimitResponse.OVER_LIMIT)
-            for step, status in zip(plan.steps, answer.statuses, strict=True)
+            (take, status.code == RateLimitResponse.OVER_LIMIT)
+            for take, status in zip(plan.takes, answer.statuses, strict=True)
         ]
         limited = [
-            (step.rule, status.limit_remaining)
-            for step, status in zip(plan.steps, answer.statuses, strict=True)
-            if step.rule is not None and step.rule.limit is not None
+            (take.rule, status.limit_remaining)
+            for take, status in zip(plan.takes, answer.statuses, strict=True)
+            if take.rule is not None and take.rule.limit is not None
         ]
         span = self._tracer.start_span(
             REQUEST_SPAN,
@@ -185,7 +185,7 @@ class RequestTracer:
                 "rpc.response.status_code": "OK",
                 "ratelimit.domain": readable(plan.domain),
                 "ratelimit.code": RateLimitResponse.Code.Name(answer.overall_code),
-                "ratelimit.over_limit": [step.rule.name for step, over in decided if over and step.rule],
+                "ratelimit.over_limit": [take.rule.name for take, over in decided if over and take.rule],
                 # Side by side: an element each for every descriptor that has a limit.
                 "ratelimit.rules": [rule.name for rule, _ in limited],
                 "ratelimit.remaining": [remaining for _, remaining in limited],
@@ -197,9 +197,9 @@ class RequestTracer:
         context = span.get_span_context()
         if not context.trace_flags.sampled:
             return None
-        for step, over in decided:
-            if not over and _replicates(step):
-                self._remember(step.bucket_key, context)
+        for take, over in decided:
+            if not over and _replicates(take):
+                self._remember(take.bucket_key, context)
         return format_trace_id(context.trace_id)
 
     def batch_span(self, peer_node: str, bucket_keys: Iterable[bytes]) -> BatchSpan | None:
@@ -328,6 +328,6 @@ class NoTracer:
         return None
 
 
-def _replicates(step: Step) -> bool:
-    rule = step.rule
-    return rule is not None and rule.limit is not None and rule.consistency is not Consistency.LOCAL and step.hits > 0
+def _replicates(take: PlannedTake) -> bool:
+    rule = take.rule
+    return rule is not None and rule.limit is not None and rule.consistency is not Consistency.LOCAL and take.hits > 0

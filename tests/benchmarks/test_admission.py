@@ -14,7 +14,7 @@ from benchmarks.admission.policies.max_merge import MaxMerge
 from benchmarks.admission.report import table
 from benchmarks.admission.run import EVENTUAL, POLICIES, STRICT, Outcome, run
 from benchmarks.admission.scenarios import LIMIT, Scenario, overload, quick, shift
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from simulation.textbook import ideal, worst_burst
 
 OVERLOAD, _, PARTITION = quick()
@@ -32,7 +32,7 @@ def test_the_same_seed_gives_the_same_table_to_the_byte() -> None:
 
 def test_the_worst_burst_is_the_largest_excess_over_all_intervals() -> None:
     random = Random(1)
-    limit = Limit(3, 1_000, 2)
+    limit = TokenBucketLimit(3, 1_000, 2)
     for _ in range(50):
         times_us = sorted(random.randrange(3_000) for _ in range(20))
         excess = max(

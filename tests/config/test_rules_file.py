@@ -13,7 +13,7 @@ from ratelimit_sidecar.config.bucket import BucketConfig
 from ratelimit_sidecar.config.errors import ConfigError
 from ratelimit_sidecar.config.rules_schema import MAX_METADATA_DEPTH
 from ratelimit_sidecar.config.rules_tree import RuleDefaults
-from ratelimit_sidecar.crdt.limit import Limit, Window, WindowLimit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit, Window, WindowLimit
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 from ratelimit_sidecar.limiter.key import overflow_keys, rule_key
 from ratelimit_sidecar.limiter.rules import Charge, Consistency, Match, Rule, Rules, Unit
@@ -52,13 +52,13 @@ def test_rules_are_found_by_domain_key_and_value_at_every_depth(tmp_path: Path) 
         """,
     )
     assert rule_for(tree, "shop", ("tenant", "x")) == Rule(
-        "shop.tenant", Limit(20, 60_000_000, 20), 20, Unit.MINUTE, Consistency.EVENTUAL
+        "shop.tenant", TokenBucketLimit(20, 60_000_000, 20), 20, Unit.MINUTE, Consistency.EVENTUAL
     )
     assert rule_for(tree, "shop", ("tenant", "acme")) == Rule(
-        "shop.tenant_acme", Limit(5, 1_000_000, 5), 5, Unit.SECOND, Consistency.EVENTUAL
+        "shop.tenant_acme", TokenBucketLimit(5, 1_000_000, 5), 5, Unit.SECOND, Consistency.EVENTUAL
     )
     assert rule_for(tree, "shop", ("tenant", "acme"), ("path", "/")) == Rule(
-        "shop.tenant_acme.path", Limit(3, 86_400_000_000, 3), 3, Unit.DAY, Consistency.EVENTUAL
+        "shop.tenant_acme.path", TokenBucketLimit(3, 86_400_000_000, 3), 3, Unit.DAY, Consistency.EVENTUAL
     )
     assert rule_for(tree, "shop", ("tenant", "internal")) is None
     assert rule_for(tree, "shop", ("tenant", "x"), ("path", "/")) is None
@@ -80,12 +80,12 @@ def test_rules_are_found_by_domain_key_and_value_at_every_depth(tmp_path: Path) 
 def test_every_unit_is_taken_in_any_case(tmp_path: Path, unit: str, seconds: int) -> None:
     for spelling in (unit, unit.upper(), unit.capitalize()):
         rule = one_rule(tmp_path, f"{{key: a, rate_limit: {{unit: {spelling}, requests_per_unit: 1}}}}")
-        assert rule.limit == Limit(1, seconds * 1_000_000, 1)
+        assert rule.limit == TokenBucketLimit(1, seconds * 1_000_000, 1)
 
 
 def test_burst_is_the_capacity(tmp_path: Path) -> None:
     rule = one_rule(tmp_path, "{key: a, burst: 70, rate_limit: {unit: minute, requests_per_unit: 20}}")
-    assert rule.limit == Limit(20, 60_000_000, 70)
+    assert rule.limit == TokenBucketLimit(20, 60_000_000, 70)
     assert rule.requests_per_unit == 20
 
 
@@ -252,14 +252,14 @@ def test_every_key_of_ours_goes_into_the_rule(tmp_path: Path) -> None:
         "{key: a, algorithm: token_bucket, burst: 9, consistency: local, max_debt: 7, charge: always,"
         " retry_after: true, body: 429, rate_limit: {unit: second, requests_per_unit: 5}}",
     )
-    assert rule.limit == Limit(5, 1_000_000, 9, max_debt=7)
+    assert rule.limit == TokenBucketLimit(5, 1_000_000, 9, max_debt=7)
     assert rule.consistency is Consistency.LOCAL
     assert (rule.charge, rule.retry_after, rule.body) == (Charge.ALWAYS, True, "429")
 
 
 def test_a_bucket_may_have_max_debt(tmp_path: Path) -> None:
     rule = one_rule(tmp_path, "{key: a, max_debt: 7, bucket: {capacity: 9, refillRate: 1}}")
-    assert rule.limit == Limit(1, 1_000_000, 9, max_debt=7)
+    assert rule.limit == TokenBucketLimit(1, 1_000_000, 9, max_debt=7)
 
 
 @pytest.mark.parametrize("window", Window)
@@ -269,7 +269,7 @@ def test_an_algorithm_counts_in_windows(tmp_path: Path, window: Window) -> None:
     assert one_rule(tmp_path, f"{{key: a, algorithm: {window.value}, {limit}}}").limit == windowed
     assert one_rule(tmp_path, f"{{key: a, {limit}}}", RuleDefaults(window=window)).limit == windowed
     other = one_rule(tmp_path, f"{{key: a, algorithm: token_bucket, {limit}}}", RuleDefaults(window=window))
-    assert other.limit == Limit(5, 60_000_000, 5)
+    assert other.limit == TokenBucketLimit(5, 60_000_000, 5)
 
 
 def test_a_bucket_is_a_token_bucket_whatever_the_default(tmp_path: Path) -> None:
@@ -327,7 +327,7 @@ def test_unlimited_is_a_rule_without_a_limit(tmp_path: Path) -> None:
 
 def test_a_bucket_stands_in_place_of_rate_limit(tmp_path: Path) -> None:
     rule = one_rule(tmp_path, "{key: a, algorithm: token_bucket, bucket: {capacity: 9, refillRate: 2.5}}")
-    assert rule == Rule("d.a", Limit(5, 2_000_000, 9), 9, None)
+    assert rule == Rule("d.a", TokenBucketLimit(5, 2_000_000, 9), 9, None)
 
 
 def test_a_capacity_beyond_uint32_is_shown_to_envoy_as_the_largest(tmp_path: Path) -> None:
@@ -415,7 +415,7 @@ def test_all_rules_take_the_default_consistency_and_the_rest_has_the_default_rul
     tree = rules(file, default_rule=bucket, defaults=RuleDefaults(Consistency.LOCAL))
     assert {rule.consistency for rule in tree} == {Consistency.LOCAL}
     assert rule_for(tree, "other", ("x", "y")) == Rule(
-        "bucket", Limit(10, 1_000_000, 1000), 1000, None, Consistency.LOCAL
+        "bucket", TokenBucketLimit(10, 1_000_000, 1000), 1000, None, Consistency.LOCAL
     )
 
 

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from ratelimit_sidecar.config.errors import ConfigError
 from ratelimit_sidecar.config.rules_tree import RuleDefaults
 from ratelimit_sidecar.config.sidecar import load_sidecar_config
-from ratelimit_sidecar.crdt.limit import Limit, Window
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit, Window
 from ratelimit_sidecar.limiter.rules import Consistency
 from ratelimit_sidecar.limiter.settings import AnswerSettings, ResponseHeaders
 
@@ -86,7 +86,7 @@ def test_every_key_can_be_set(tmp_path: Path) -> None:
     assert (config.sync.tls.ca, config.sync.tls.peer_names) == (tmp_path / "ca.crt", "*.{region}.mesh.example.com")
     assert config.bucket is not None
     assert config.bucket.refill_rate == Decimal("0.1")
-    assert config.bucket.limit() == Limit(tokens=1, period_us=10_000_000, capacity=1000)
+    assert config.bucket.limit() == TokenBucketLimit(tokens=1, period_us=10_000_000, capacity=1000)
     assert config.merge_domains is True
     assert config.rule_defaults == RuleDefaults(window=Window.SLIDING)
     assert config.settings == AnswerSettings(

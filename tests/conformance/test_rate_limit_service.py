@@ -24,14 +24,14 @@ from observed import NoTelemetry
 from server.front_ends import KINDS, Tls, channel_to, independent_channel_to, running
 
 from ratelimit_sidecar.crdt.bucket import Origin
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.envoy_api.envoy.extensions.common.ratelimit.v3.ratelimit_pb2 import RateLimitDescriptor
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.rules import Rule, RuleNode, Rules, Unit
+from ratelimit_sidecar.server.bounds import MAX_MESSAGE_BYTES
 from ratelimit_sidecar.server.front_end import FrontEnd
-from ratelimit_sidecar.server.limits import MAX_MESSAGE_BYTES
 from ratelimit_sidecar.services.health import HealthService
 from ratelimit_sidecar.services.ratelimit import SERVICE_NAME, RateLimitService
 from ratelimit_sidecar.telemetry.latency import LatencyHistogram
@@ -46,10 +46,10 @@ OK = RateLimitResponse.OK
 OVER_LIMIT = RateLimitResponse.OVER_LIMIT
 SHOULD_RATE_LIMIT = f"/{SERVICE_NAME}/ShouldRateLimit"
 
-TWENTY_A_MINUTE = Rule("shop.user", Limit(20, 60_000_000, 20), 20, Unit.MINUTE)
-THREE_AN_HOUR = Rule("shop.user_eve", Limit(3, 3_600_000_000, 3), 3, Unit.HOUR)
+TWENTY_A_MINUTE = Rule("shop.user", TokenBucketLimit(20, 60_000_000, 20), 20, Unit.MINUTE)
+THREE_AN_HOUR = Rule("shop.user_eve", TokenBucketLimit(3, 3_600_000_000, 3), 3, Unit.HOUR)
 UNLIMITED = Rule("shop.user_root", None)
-BUCKET = Rule("shop.plan.user", Limit(10, 1_000_000, 1_000), 1_000)
+BUCKET = Rule("shop.plan.user", TokenBucketLimit(10, 1_000_000, 1_000), 1_000)
 
 RULES = Rules(
     {

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from ratelimit_sidecar.console.limits import DEFAULT_LIMITS, HttpLimits
+from ratelimit_sidecar.console.bounds import DEFAULT_BOUNDS, HttpBounds
 from ratelimit_sidecar.console.proxies import ProxyPlaces
 from ratelimit_sidecar.console.server import HttpServer
 
@@ -78,9 +78,9 @@ class App(Starlette):
 
 @asynccontextmanager
 async def running(
-    app: App | None = None, proxies: ProxyPlaces | None = None, limits: HttpLimits = DEFAULT_LIMITS
+    app: App | None = None, proxies: ProxyPlaces | None = None, bounds: HttpBounds = DEFAULT_BOUNDS
 ) -> AsyncIterator[HttpServer]:
-    server = HttpServer(app or App(), "127.0.0.1:0", proxies=proxies, limits=limits)
+    server = HttpServer(app or App(), "127.0.0.1:0", proxies=proxies, bounds=bounds)
     await server.start()
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(server.serve())

@@ -178,7 +178,7 @@ async def test_debt_to_other_replicas_is_shown() -> None:
     console = Console()
     raw = request(("tenant", "acme"), hits=2)
     console.limiter.decide(raw, NOW_US)
-    key = console.limiter.plan(raw).steps[0].bucket_key
+    key = console.limiter.plan(raw).takes[0].bucket_key
     slot = slot_id(NOW_US, TWO_A_MINUTE.exponent)
     console.limiter.store.merge(key, None, [Entry(Origin("eu-1", 7), slot, 1)], NOW_US)
     [bucket] = await console.buckets()

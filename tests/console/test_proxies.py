@@ -10,7 +10,7 @@ from itertools import count
 import pytest
 from console.running_console import GET, App, Client, connect, running, until
 
-from ratelimit_sidecar.console.limits import DEFAULT_LIMITS
+from ratelimit_sidecar.console.bounds import DEFAULT_BOUNDS
 from ratelimit_sidecar.console.proxies import ProxyConnection, ProxyPlaces
 from ratelimit_sidecar.server.turns import StepQueue, Turns
 
@@ -102,7 +102,7 @@ async def test_a_place_is_free_again_when_its_connection_is_closed() -> None:
 
 async def test_more_requests_than_are_at_work_at_once_are_all_answered() -> None:
     async with running(proxies=ProxyPlaces(1_024, Turns())) as server, AsyncExitStack() as stack:
-        clients = [await stack.enter_async_context(connect(server)) for _ in range(5 * DEFAULT_LIMITS.requests)]
+        clients = [await stack.enter_async_context(connect(server)) for _ in range(5 * DEFAULT_BOUNDS.requests)]
         for client in clients:
             client.send(GET)
         assert {await client.status() for client in clients} == {200}

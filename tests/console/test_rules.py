@@ -9,7 +9,7 @@ from observed import NOW_US, small_limiter
 
 from ratelimit_sidecar.config.errors import ConfigError, Problem
 from ratelimit_sidecar.console.rules import MAX_PROBLEMS_SHOWN, RulesText, comments, describe_rules, lines_of
-from ratelimit_sidecar.crdt.limit import Limit, Window, WindowLimit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit, Window, WindowLimit
 from ratelimit_sidecar.limiter.rules import Charge, Consistency, Rule, RuleNode, Rules, Unit
 from ratelimit_sidecar.rules_source.reloader import Reloader
 
@@ -19,7 +19,7 @@ RULES = Rules(
     {
         "shop": RuleNode(
             key_only={
-                "user": RuleNode(Rule("shop.user", Limit(5, MINUTE_US, 20), 5, Unit.MINUTE)),
+                "user": RuleNode(Rule("shop.user", TokenBucketLimit(5, MINUTE_US, 20), 5, Unit.MINUTE)),
                 "plan": RuleNode(
                     Rule(
                         "shop.plan",
@@ -38,7 +38,7 @@ RULES = Rules(
             exact={("user", "root"): RuleNode(Rule("shop.user_root", None))},
         )
     },
-    Rule("bucket", Limit(1, 4_000_000, 10), 10),
+    Rule("bucket", TokenBucketLimit(1, 4_000_000, 10), 10),
 )
 
 

@@ -14,8 +14,8 @@ import httpx
 import pytest
 from console.running_console import GET, LARGE_BYTES, App, connect, get, running, until
 
+from ratelimit_sidecar.console.bounds import DEFAULT_BOUNDS, HttpBounds
 from ratelimit_sidecar.console.connection import ConsoleConnection
-from ratelimit_sidecar.console.limits import DEFAULT_LIMITS, HttpLimits
 from ratelimit_sidecar.console.requests import MAX_BODY_BYTES
 from ratelimit_sidecar.console.server import HttpServer
 from ratelimit_sidecar.server.listeners import ListenError
@@ -147,7 +147,7 @@ async def test_a_stop_does_not_wait_for_connections_without_a_request() -> None:
 async def test_a_stop_waits_no_longer_than_the_drain_time_for_the_rest_of_a_request(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    async with running(limits=HttpLimits(drain=0.2)) as server, connect(server) as client:
+    async with running(bounds=HttpBounds(drain=0.2)) as server, connect(server) as client:
         client.send(b"POST / HTTP/1.1\r\nhost: console\r\ncontent-length: 10\r\n\r\nhalf")
         await get(server)
         await asyncio.wait_for(server.stop(), 2)
@@ -177,7 +177,7 @@ async def test_a_stop_lets_a_large_answer_be_taken() -> None:
 
 async def test_a_handler_that_outlives_the_drain_is_cancelled(caplog: pytest.LogCaptureFixture) -> None:
     app = App()
-    async with running(app, limits=HttpLimits(drain=0.1, cancel=0.1)) as server, connect(server) as client:
+    async with running(app, bounds=HttpBounds(drain=0.1, cancel=0.1)) as server, connect(server) as client:
         client.send(b"GET /slow HTTP/1.1\r\nhost: console\r\n\r\n")
         await app.slow_began.wait()
         await asyncio.wait_for(server.stop(), 2)
@@ -265,17 +265,17 @@ async def test_a_head_that_is_too_large_is_refused() -> None:
 async def test_requests_beyond_those_at_work_wait_until_one_is_answered() -> None:
     app = App()
     async with running(app) as server, asyncio.TaskGroup() as tasks:
-        slow = [tasks.create_task(get(server, "/slow")) for _ in range(2 * DEFAULT_LIMITS.requests)]
-        await until(lambda: app.at_work == DEFAULT_LIMITS.requests)
+        slow = [tasks.create_task(get(server, "/slow")) for _ in range(2 * DEFAULT_BOUNDS.requests)]
+        await until(lambda: app.at_work == DEFAULT_BOUNDS.requests)
         app.slow_may_end.set()
         assert {(await answer).status_code for answer in slow} == {200}
 
 
 async def test_a_request_that_waits_too_long_for_others_is_refused() -> None:
     app = App()
-    async with running(app, limits=HttpLimits(place=0.05)) as server, asyncio.TaskGroup() as tasks:
-        slow = [tasks.create_task(get(server, "/slow")) for _ in range(DEFAULT_LIMITS.requests)]
-        await until(lambda: app.at_work == DEFAULT_LIMITS.requests)
+    async with running(app, bounds=HttpBounds(place=0.05)) as server, asyncio.TaskGroup() as tasks:
+        slow = [tasks.create_task(get(server, "/slow")) for _ in range(DEFAULT_BOUNDS.requests)]
+        await until(lambda: app.at_work == DEFAULT_BOUNDS.requests)
         refused = await get(server)
         assert refused.status_code == 503
         assert "error" in refused.json()
@@ -285,7 +285,7 @@ async def test_a_request_that_waits_too_long_for_others_is_refused() -> None:
 
 
 async def test_a_request_that_fails_gives_its_place_back() -> None:
-    async with running(limits=HttpLimits(requests=1)) as server:
+    async with running(bounds=HttpBounds(requests=1)) as server:
         for _ in range(2):
             assert (await get(server, "/broken")).status_code == 500
 
@@ -293,7 +293,7 @@ async def test_a_request_that_fails_gives_its_place_back() -> None:
 async def test_a_new_connection_is_closed_while_all_others_scrape() -> None:
     app = App()
     async with (
-        running(app, limits=HttpLimits(connections=2)) as server,
+        running(app, bounds=HttpBounds(connections=2)) as server,
         connect(server) as one,
         connect(server) as other,
     ):
@@ -308,7 +308,7 @@ async def test_a_new_connection_is_closed_while_all_others_scrape() -> None:
 async def test_a_request_that_is_no_probe_makes_room_when_no_client_is_slow() -> None:
     app = App()
     slow = GET.replace(b"/ ", b"/slow ", 1)
-    async with running(app, limits=HttpLimits(connections=2)) as server, connect(server) as one:
+    async with running(app, bounds=HttpBounds(connections=2)) as server, connect(server) as one:
         one.send(slow)
         await until(lambda: app.at_work == 1)
         async with connect(server) as other:

@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack, suppress
 import pytest
 from console.running_console import GET, LARGE_BYTES, App, connect, get, running, until
 
-from ratelimit_sidecar.console.limits import DEFAULT_LIMITS, HttpLimits
+from ratelimit_sidecar.console.bounds import DEFAULT_BOUNDS, HttpBounds
 from ratelimit_sidecar.console.server import MAX_HEAD_BYTES, HttpServer
 
 HALF_A_HEAD = GET[:-5]
@@ -20,7 +20,7 @@ GET_LARGE = GET.replace(b"/ ", b"/large ", 1)
 async def test_a_request_that_does_not_come_whole_costs_its_connection(
     sent: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with running(limits=HttpLimits(request=0.1)) as server, connect(server) as client:
+    async with running(bounds=HttpBounds(request=0.1)) as server, connect(server) as client:
         if sent.startswith(GET):
             client.send(GET)
             assert await client.status() == 200
@@ -31,7 +31,7 @@ async def test_a_request_that_does_not_come_whole_costs_its_connection(
 
 @pytest.mark.parametrize(("sent", "drop"), [(GET[:-2], b"a: b\r\n"), (HALF_A_BODY.replace(b"10", b"60000"), b"x")])
 async def test_a_request_that_trickles_in_gets_no_more_time(sent: bytes, drop: bytes) -> None:
-    async with running(limits=HttpLimits(request=0.1)) as server, connect(server) as client:
+    async with running(bounds=HttpBounds(request=0.1)) as server, connect(server) as client:
         client.send(sent)
         trickling = asyncio.create_task(client.trickle(drop))
         assert await client.closed() == b""
@@ -39,7 +39,7 @@ async def test_a_request_that_trickles_in_gets_no_more_time(sent: bytes, drop: b
 
 
 async def test_the_rest_of_a_refused_body_is_read_for_a_while_only() -> None:
-    async with running(limits=HttpLimits(request=0.2)) as server, connect(server) as client:
+    async with running(bounds=HttpBounds(request=0.2)) as server, connect(server) as client:
         client.send(b"POST / HTTP/1.1\r\nhost: console\r\ncontent-length: 100000000\r\n\r\n")
         assert await client.status() == 413
         trickling = asyncio.create_task(client.trickle(b"x"))
@@ -49,8 +49,8 @@ async def test_the_rest_of_a_refused_body_is_read_for_a_while_only() -> None:
 
 async def test_neither_an_idle_connection_nor_one_at_work_is_closed_like_that() -> None:
     app = App()
-    limits = HttpLimits(request=0.1)
-    async with running(app, limits=limits) as server, connect(server) as idle, connect(server) as at_work:
+    bounds = HttpBounds(request=0.1)
+    async with running(app, bounds=bounds) as server, connect(server) as idle, connect(server) as at_work:
         idle.send(GET)
         assert await idle.status() == 200
         at_work.send(GET.replace(b"/ ", b"/slow ", 1))
@@ -67,7 +67,7 @@ async def test_neither_an_idle_connection_nor_one_at_work_is_closed_like_that() 
 async def test_an_answer_that_is_not_taken_costs_its_connection(
     requests: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with running(limits=HttpLimits(answer=0.1, request=0.3)) as server, connect(server) as client:
+    async with running(bounds=HttpBounds(answer=0.1, request=0.3)) as server, connect(server) as client:
         client.send(GET_LARGE * requests)
         await client.some()
         async with connect(server) as silent:
@@ -80,7 +80,7 @@ async def test_an_answer_that_is_not_taken_costs_its_connection(
 async def test_slow_requests_keep_no_probe_out(sent: bytes) -> None:
     async with AsyncExitStack() as stack:
         server = await stack.enter_async_context(running())
-        for _ in range(DEFAULT_LIMITS.connections + 12):
+        for _ in range(DEFAULT_BOUNDS.connections + 12):
             client = await stack.enter_async_context(connect(server))
             client.send(sent)
         assert (await get(server)).status_code == 200
@@ -89,7 +89,7 @@ async def test_slow_requests_keep_no_probe_out(sent: bytes) -> None:
 async def test_the_connection_that_waits_for_its_client_the_longest_makes_room() -> None:
     app = App()
     async with (
-        running(app, limits=HttpLimits(connections=3, new=0.0)) as server,
+        running(app, bounds=HttpBounds(connections=3, new=0.0)) as server,
         # First: the server has accepted it when the others are answered.
         connect(server) as silent,
         connect(server) as at_work,
@@ -109,7 +109,7 @@ async def test_the_connection_that_waits_for_its_client_the_longest_makes_room()
 
 async def test_answers_that_are_not_taken_keep_no_probe_out() -> None:
     async with AsyncExitStack() as stack:
-        server = await stack.enter_async_context(running(limits=HttpLimits(requests=2)))
+        server = await stack.enter_async_context(running(bounds=HttpBounds(requests=2)))
         for _ in range(4):
             client = await stack.enter_async_context(connect(server))
             client.send(GET_LARGE * 3)
@@ -119,7 +119,7 @@ async def test_answers_that_are_not_taken_keep_no_probe_out() -> None:
 
 async def test_those_of_the_address_that_has_most_make_room() -> None:
     async with (
-        running(limits=HttpLimits(connections=3)) as server,
+        running(bounds=HttpBounds(connections=3)) as server,
         connect(server, "127.0.0.9") as alone,
         connect(server),
         connect(server),
@@ -161,7 +161,7 @@ async def test_many_lines_of_a_body_are_not_headers() -> None:
 
 async def test_probes_have_a_place_when_all_others_are_taken() -> None:
     app = App()
-    async with running(app, limits=HttpLimits(requests=1)) as server, connect(server) as at_work:
+    async with running(app, bounds=HttpBounds(requests=1)) as server, connect(server) as at_work:
         at_work.send(GET.replace(b"/ ", b"/slow ", 1))
         await app.slow_began.wait()
         assert (await get(server)).status_code == 503
@@ -174,7 +174,7 @@ async def test_of_scrapes_that_are_not_taken_an_address_has_some() -> None:
     app = App()
     async with AsyncExitStack() as stack:
         server = await stack.enter_async_context(running(app))
-        clients = [await stack.enter_async_context(connect(server)) for _ in range(DEFAULT_LIMITS.scrapes_of_address)]
+        clients = [await stack.enter_async_context(connect(server)) for _ in range(DEFAULT_BOUNDS.scrapes_of_address)]
         for client in clients:
             client.send(GET.replace(b"/ ", b"/metrics?endless ", 1))
             await client.some()
@@ -183,12 +183,12 @@ async def test_of_scrapes_that_are_not_taken_an_address_has_some() -> None:
         other.send(GET.replace(b"/ ", b"/metrics ", 1))
         assert await other.status() == 200
         clients.pop().close()
-        await until(lambda: app.endless == DEFAULT_LIMITS.scrapes_of_address - 1)
+        await until(lambda: app.endless == DEFAULT_BOUNDS.scrapes_of_address - 1)
         assert (await get(server, "/metrics")).status_code == 200
 
 
 async def test_a_scrape_whose_answer_takes_too_long_is_ended() -> None:
-    async with running(limits=HttpLimits(scrape=0.05)) as server, connect(server) as client:
+    async with running(bounds=HttpBounds(scrape=0.05)) as server, connect(server) as client:
         client.send(GET.replace(b"/ ", b"/metrics?endless ", 1))
         await client.closed()
 
@@ -204,8 +204,8 @@ async def test_busy_clients_that_come_back_at_once_keep_no_probe_out(requests: i
                         client.send(GET * requests)
                         await client.status()
 
-    async with running(limits=HttpLimits(new=60)) as server, asyncio.TaskGroup() as tasks:
-        busy = [tasks.create_task(ask_on(server)) for _ in range(DEFAULT_LIMITS.connections + 12)]
+    async with running(bounds=HttpBounds(new=60)) as server, asyncio.TaskGroup() as tasks:
+        busy = [tasks.create_task(ask_on(server)) for _ in range(DEFAULT_BOUNDS.connections + 12)]
         for _ in range(10):
             assert (await get(server, "/healthz")).status_code == 200
         for task in busy:

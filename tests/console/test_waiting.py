@@ -12,7 +12,7 @@ from console.small_console import Console
 from console.test_json import post
 from services.waiting_service import WaitingService
 
-from ratelimit_sidecar.console.limits import DEFAULT_LIMITS
+from ratelimit_sidecar.console.bounds import DEFAULT_BOUNDS
 from ratelimit_sidecar.console.requests import BoundedRequests
 from ratelimit_sidecar.crdt.waiting import Outcome
 from ratelimit_sidecar.limiter.http_mapping import EntrySource, Part
@@ -40,7 +40,7 @@ class Http:
         self.console.app = BoundedRequests(self.console.app)
         with_mapping = replace(rules, http_mappings={"api": MAPPING}, default_domain="api")
         authz = ExtAuthzService(self.service.service, lambda: with_mapping)
-        self.authz = BoundedRequests(ext_authz_app(authz, HttpWaits(DEFAULT_LIMITS.requests // 2)))
+        self.authz = BoundedRequests(ext_authz_app(authz, HttpWaits(DEFAULT_BOUNDS.requests // 2)))
 
     async def check(self) -> httpx.Response:
         transport = httpx.ASGITransport(self.authz)
@@ -73,19 +73,19 @@ async def test_those_that_wait_leave_half_of_the_places_to_others() -> None:
     """However many would wait: those beyond half of the places are decided at once."""
     http = Http()
     for ask in (lambda: post(http.console, GOLD), http.check):
-        waiting = [asyncio.create_task(ask()) for _ in range(DEFAULT_LIMITS.requests // 2)]
-        await http.service.until_waiting(DEFAULT_LIMITS.requests // 2)
+        waiting = [asyncio.create_task(ask()) for _ in range(DEFAULT_BOUNDS.requests // 2)]
+        await http.service.until_waiting(DEFAULT_BOUNDS.requests // 2)
         async with asyncio.timeout(AT_ONCE_S):
-            assert {(await ask()).status_code for _ in range(2 * DEFAULT_LIMITS.requests)} == {429}
-        http.service.node.come(DEFAULT_LIMITS.requests // 2)
+            assert {(await ask()).status_code for _ in range(2 * DEFAULT_BOUNDS.requests)} == {429}
+        http.service.node.come(DEFAULT_BOUNDS.requests // 2)
         assert {(await each).status_code for each in waiting} == {200}
 
 
 async def test_a_client_that_goes_ends_its_wait_and_gives_its_place_back() -> None:
     http = Http()
-    for _ in range(2 * DEFAULT_LIMITS.requests):
+    for _ in range(2 * DEFAULT_BOUNDS.requests):
         await ask_and_go(http.console.app, http.service)
-    assert http.service.queues.counts[Outcome.CANCELLED] == 2 * DEFAULT_LIMITS.requests
+    assert http.service.queues.counts[Outcome.CANCELLED] == 2 * DEFAULT_BOUNDS.requests
     answer = asyncio.create_task(post(http.console, GOLD))
     await http.service.until_waiting(1)
     http.service.node.come(1)
@@ -98,7 +98,7 @@ async def test_a_request_that_fails_before_its_answer_gives_its_place_back() -> 
 
     transport = httpx.ASGITransport(BoundedRequests(fail))
     async with httpx.AsyncClient(transport=transport, base_url="http://console") as client:
-        for _ in range(2 * DEFAULT_LIMITS.requests):
+        for _ in range(2 * DEFAULT_BOUNDS.requests):
             with pytest.raises(ConnectionResetError):
                 await client.get("/json")
 

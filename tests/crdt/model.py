@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 
 
-def deficit_by_formula(events: Iterable[tuple[int, int]], limit: Limit, now_us: int) -> int:
+def deficit_by_formula(events: Iterable[tuple[int, int]], limit: TokenBucketLimit, now_us: int) -> int:
     """D(t) = max(0, sup over s <= t of [taken in (s, t] - rate * (t - s)]), scaled by the limit's period.
 
     The supremum is reached just before one of the events, so only those instants are tried.
@@ -24,7 +24,7 @@ def deficit_by_formula(events: Iterable[tuple[int, int]], limit: Limit, now_us: 
     )
 
 
-def most_over_limit(admitted: list[tuple[int, int]], limit: Limit) -> int:
+def most_over_limit(admitted: list[tuple[int, int]], limit: TokenBucketLimit) -> int:
     """The largest excess, scaled, of admitted over capacity + rate * T in any interval; at most 0 keeps the promise."""
     worst = -limit.ceiling
     for first, (start_us, _) in enumerate(admitted):

@@ -14,11 +14,11 @@ from random import Random
 from typing import Any
 
 from ratelimit_sidecar.crdt.bucket import Origin
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.crdt.payment_policy import Pay, PaymentPolicy, Ticket
 from ratelimit_sidecar.crdt.shares import TOKEN, Membership, Shares, ShownMembership
 from ratelimit_sidecar.crdt.strict import HOLD_US, StrictBucket
-from ratelimit_sidecar.crdt.waiting import Outcome, Waiting, WaitQueue, Wish
+from ratelimit_sidecar.crdt.waiting import Outcome, PendingDecision, WaitQueue, Wish
 from simulation.loop import START_US, Loop
 from simulation.textbook import TextbookBucket
 
@@ -54,7 +54,7 @@ class StrictCluster:
         bucket_type: a test breaks the rule by another one.
     """
 
-    limit: Limit
+    limit: TokenBucketLimit
     nodes: tuple[str, ...] = ("a", "b", "c")
     seed: int = 0
     delay_us: int = 40_000
@@ -96,7 +96,9 @@ class StrictCluster:
         self.membership = Membership(1, self.weights or dict.fromkeys(self.nodes, 1))
         # Many ticks are due at one instant, and each may be first.
         self.loop = Loop(lambda: self.random.getrandbits(60))
-        fastest = Limit(self.limit.tokens * (10**6 + self.drift_ppm), self.limit.period_us * 10**6, self.limit.capacity)
+        fastest = TokenBucketLimit(
+            self.limit.tokens * (10**6 + self.drift_ppm), self.limit.period_us * 10**6, self.limit.capacity
+        )
         self._oracle = TextbookBucket(fastest)
         self._limits = [self.limit]
         self._ends = self._numbers = 0
@@ -199,7 +201,7 @@ class StrictCluster:
             self._close(node, end)
             self._close_soon(peer, end ^ 1)
 
-    def set_limit(self, node: str, limit: Limit) -> None:
+    def set_limit(self, node: str, limit: TokenBucketLimit) -> None:
         """Replicas change their rules at different moments; the oracle allows the greatest of them."""
         self._limits.append(limit)
         replica = self.replicas.get(node)
@@ -259,7 +261,7 @@ class StrictCluster:
         """Let a request wait, whatever the policy."""
         replica = self.replicas.get(node)
         if replica is not None:
-            waiting = Waiting(hits, lambda _now_us: self._serve(node, hits), 0)
+            waiting = PendingDecision(hits, lambda _now_us: self._serve(node, hits), 0)
             replica.queue.join(waiting, self.clock_us(replica))
 
     def end_wait(self, node: str, outcome: Outcome) -> None:
@@ -399,7 +401,7 @@ class StrictCluster:
         bucket = replica.bucket
         if self.counts_late or self.pays_twice:
             bucket.reserved.setdefault(end, pay.amount)
-        replica.policy.paid(payer, end, pay, self.limit.capacity * TOKEN, self.clock_us(replica))
+        replica.policy.receive_payment(payer, end, pay, self.limit.capacity * TOKEN, self.clock_us(replica))
 
     def _at(self, node: str, end: int) -> Replica | None:
         """The replica, while its end of the stream is open."""
@@ -462,7 +464,7 @@ class NoReservation(StrictBucket):
         self.asked_for = amount
         self.reserved[stream_number] = 0
 
-    def paid(self, stream_number: int, peer: str, amount: int, most: int) -> bool:
+    def receive_payment(self, stream_number: int, peer: str, amount: int, most: int) -> bool:
         del self.reserved[stream_number]
         self.level = min(self.ceiling, self.level + amount * self.limit.period_us)
         return True

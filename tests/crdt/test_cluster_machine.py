@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
-from ratelimit_sidecar.crdt.limit import AnyLimit, Limit, Window, WindowLimit
+from ratelimit_sidecar.crdt.limit import AnyLimit, TokenBucketLimit, Window, WindowLimit
 from ratelimit_sidecar.crdt.slot import slot_end_us, slot_id
 from ratelimit_sidecar.crdt.store import Store
 
@@ -268,11 +268,11 @@ class Cluster(RuleBasedStateMachine):
 
 class TokenBucketCluster(Cluster):
     limits = (
-        Limit(10, SECOND_US, 10, max_debt=1024),
-        Limit(1, SECOND_US, 20, max_debt=1024),
-        Limit(1, MINUTE_US, 5, max_debt=1024),
-        Limit(1_000, SECOND_US, 50, max_debt=1024),
-        Limit(2, SECOND_US, 2, max_debt=1),
+        TokenBucketLimit(10, SECOND_US, 10, max_debt=1024),
+        TokenBucketLimit(1, SECOND_US, 20, max_debt=1024),
+        TokenBucketLimit(1, MINUTE_US, 5, max_debt=1024),
+        TokenBucketLimit(1_000, SECOND_US, 50, max_debt=1024),
+        TokenBucketLimit(2, SECOND_US, 2, max_debt=1),
     )
     is_exact = True
     """False from when something was told too late for its slot, or all who knew of it have restarted, until the

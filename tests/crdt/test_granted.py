@@ -7,12 +7,12 @@ from young import collected_when_told
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.draw_policy import DRAW_AHEAD_US, STANDING_US, draw_needs
 from ratelimit_sidecar.crdt.granted import GRANT_US, DrawReply, GrantedBucket, GrantLedger, Needs
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.crdt.payment_policy import SHORTAGE_US
 from ratelimit_sidecar.crdt.shares import Membership, Shares
 from ratelimit_sidecar.crdt.strict import DEMAND_US
 
-LIMIT = Limit(100, 1_000_000, 100)
+LIMIT = TokenBucketLimit(100, 1_000_000, 100)
 NOW_US = 10**12
 
 
@@ -86,7 +86,7 @@ def test_what_was_kept_is_given_up_when_its_grant_had_ended_for_the_account() ->
 
 def test_another_limit_takes_its_tokens_along_and_adds_none() -> None:
     bucket = holding(10)
-    bucket.set_limit(Limit(7, 3_000_000, 20), NOW_US)
+    bucket.set_limit(TokenBucketLimit(7, 3_000_000, 20), NOW_US)
     assert bucket.held in (9, 10)
     assert bucket.granted == 10
 
@@ -130,7 +130,7 @@ def test_what_is_held_is_renewed_before_it_ends() -> None:
 
 
 def test_an_account_that_had_too_little_is_asked_again_when_something_has_refilled() -> None:
-    slow = Limit(5, 60_000_000, 5)
+    slow = TokenBucketLimit(5, 60_000_000, 5)
     bucket = GrantedBucket(b"k", slow, Origin("a", 1), NOW_US)
     bucket.take(1, NOW_US)
     bucket.paced_us = NOW_US

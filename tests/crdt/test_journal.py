@@ -6,7 +6,14 @@ import pytest
 
 from ratelimit_sidecar.crdt.bucket import MAX_UNSENT_SLOTS, Bucket, Origin
 from ratelimit_sidecar.crdt.journal import MAX_URGENT_LIMITS, MAX_URGENT_OF_LIMIT
-from ratelimit_sidecar.crdt.limit import MIN_STEPS_CAPACITY, URGENT_SHARE, AnyLimit, Limit, Window, WindowLimit
+from ratelimit_sidecar.crdt.limit import (
+    MIN_STEPS_CAPACITY,
+    URGENT_SHARE,
+    AnyLimit,
+    TokenBucketLimit,
+    Window,
+    WindowLimit,
+)
 from ratelimit_sidecar.crdt.store import Store
 
 SECOND_US = 1_000_000
@@ -14,7 +21,7 @@ NOW_US = 1_790_000_000_000_000
 CAPACITY = 8 * URGENT_SHARE
 
 LIMITS = [
-    Limit(CAPACITY, 60 * SECOND_US, CAPACITY),
+    TokenBucketLimit(CAPACITY, 60 * SECOND_US, CAPACITY),
     WindowLimit(CAPACITY, 60 * SECOND_US, Window.FIXED),
     WindowLimit(CAPACITY, 60 * SECOND_US, Window.SLIDING),
 ]
@@ -45,7 +52,9 @@ def test_a_bucket_that_gets_nearly_used_up_is_urgent_once(limit: AnyLimit) -> No
 def test_peers_are_told_early_of_each_further_eighth_of_a_limit(requests: int, window: Window | None) -> None:
     """And of no bucket of which one request was taken."""
     period_us = 60 * SECOND_US
-    limit = Limit(requests, period_us, requests) if window is None else WindowLimit(requests, period_us, window)
+    limit = (
+        TokenBucketLimit(requests, period_us, requests) if window is None else WindowLimit(requests, period_us, window)
+    )
     store = Store(Origin("a", 1), lambda _key: limit)
     bucket = store.bucket(b"k", limit, NOW_US)
     urgent, taken, told, times = store.journal.urgent, 0, 0, 0
@@ -64,7 +73,7 @@ def test_peers_are_told_early_of_each_further_eighth_of_a_limit(requests: int, w
 
 
 def test_of_a_small_limit_only_what_is_nearly_used_up_is_urgent() -> None:
-    limit = Limit(MIN_STEPS_CAPACITY - 1, 60 * SECOND_US, MIN_STEPS_CAPACITY - 1)
+    limit = TokenBucketLimit(MIN_STEPS_CAPACITY - 1, 60 * SECOND_US, MIN_STEPS_CAPACITY - 1)
     store = Store(Origin("a", 1), lambda _key: limit)
     bucket = store.bucket(b"k", limit, NOW_US)
     bucket.take(MIN_STEPS_CAPACITY - 5, NOW_US)
@@ -74,7 +83,7 @@ def test_of_a_small_limit_only_what_is_nearly_used_up_is_urgent() -> None:
 
 
 def test_what_is_nearly_used_up_has_places_of_its_own() -> None:
-    limit = Limit(100, 60 * SECOND_US, 100)
+    limit = TokenBucketLimit(100, 60 * SECOND_US, 100)
     store = Store(Origin("a", 1), lambda _key: limit)
     for number in range(10 * MAX_URGENT_OF_LIMIT):
         store.bucket(f"{number}".encode(), limit, NOW_US).take(50, NOW_US)
@@ -92,7 +101,7 @@ def use_up(store: Store, name: str, limit: AnyLimit) -> Bucket:
 
 
 def test_of_one_limit_only_so_many_buckets_are_urgent_and_another_limit_has_its_turn() -> None:
-    flooded, other = Limit(1, 60 * SECOND_US, 1), Limit(100, 60 * SECOND_US, 100)
+    flooded, other = TokenBucketLimit(1, 60 * SECOND_US, 1), TokenBucketLimit(100, 60 * SECOND_US, 100)
     store = Store(Origin("a", 1), lambda _key: flooded)
     invented = [use_up(store, f"{number}", flooded) for number in range(10 * MAX_URGENT_OF_LIMIT)]
     honest = [use_up(store, f"honest {number}", other) for number in range(2)]
@@ -129,7 +138,7 @@ def test_a_bucket_that_nobody_is_told_of_is_never_urgent(limit: AnyLimit) -> Non
 @pytest.mark.parametrize(
     "limit",
     [
-        Limit(1_000, SECOND_US, 10),
+        TokenBucketLimit(1_000, SECOND_US, 10),
         WindowLimit(10, SECOND_US // 50, Window.FIXED),
         WindowLimit(10, SECOND_US // 50, Window.SLIDING),
     ],
@@ -153,10 +162,10 @@ def test_while_nobody_drains_it_a_busy_bucket_waits_with_the_slots_that_it_still
 
 
 def test_a_slot_that_is_written_to_again_waits_once() -> None:
-    told = Told(Limit(CAPACITY, 60 * SECOND_US, CAPACITY))
+    told = Told(TokenBucketLimit(CAPACITY, 60 * SECOND_US, CAPACITY))
     wide = told.bucket.limit
     told.bucket.take(1, NOW_US)
-    told.bucket.set_limit(Limit(CAPACITY, 6 * SECOND_US, CAPACITY), NOW_US)
+    told.bucket.set_limit(TokenBucketLimit(CAPACITY, 6 * SECOND_US, CAPACITY), NOW_US)
     told.bucket.take(1, NOW_US)
     told.bucket.set_limit(wide, NOW_US)
     told.bucket.take(1, NOW_US)

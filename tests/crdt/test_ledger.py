@@ -12,13 +12,13 @@ from young import collected_when_told
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.homes import MAX_CHANGES
 from ratelimit_sidecar.crdt.ledger import Ledger
-from ratelimit_sidecar.crdt.limit import Limit, Window, WindowLimit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit, Window, WindowLimit
 from ratelimit_sidecar.crdt.payment_policy import Ask, Pay
 from ratelimit_sidecar.crdt.shares import OLD_LOAN_US, TOKEN, Membership, Shares, ShownMembership
 from ratelimit_sidecar.crdt.store import StoreFull
 from ratelimit_sidecar.crdt.strict import StrictBucket
 
-LIMIT = Limit(100, 1_000_000, 100)
+LIMIT = TokenBucketLimit(100, 1_000_000, 100)
 HOUR_US = 3_600_000_000
 STARTED_US = 1_000_000_000
 NOW_US = STARTED_US + OLD_LOAN_US + 2_000_000
@@ -35,7 +35,7 @@ def ask_for(tokens: int) -> Ask:
     return Ask(tokens * TOKEN, level=0, demand=tokens * TOKEN, is_short=True)
 
 
-def make_ledger(node: str = "a", *, max_buckets: int = 10_000, limit: Limit = LIMIT) -> Ledger:
+def make_ledger(node: str = "a", *, max_buckets: int = 10_000, limit: TokenBucketLimit = LIMIT) -> Ledger:
     limits = {b"k": limit, b"other": LIMIT, b"window": WindowLimit(1, 1_000_000, Window.FIXED)}
     shares = Shares(Membership(1, {"a": 1, "b": 1}), node, STARTED_US)
     return Ledger(shares, Origin(node, 1), limits.get, max_buckets=max_buckets, rule_key=lambda _key: b"rule")
@@ -55,7 +55,7 @@ def test_a_bucket_begins_with_what_has_refilled_since_the_home_began() -> None:
 def test_before_its_home_begins_a_replica_admits_nothing_and_afterwards_what_refills() -> None:
     ledger = make_ledger()
     assert not ledger.bucket(b"k", LIMIT, STARTED_US).take(1, STARTED_US)
-    ledger.tick(ENDS, STARTED_US + OLD_LOAN_US, most=10, longest_key=100)
+    ledger.tick(ENDS, STARTED_US + OLD_LOAN_US, max_buckets=10, longest_key=100)
     assert not ledger.bucket(b"k", LIMIT, STARTED_US + OLD_LOAN_US).take(1, STARTED_US + OLD_LOAN_US)
     later_us = STARTED_US + OLD_LOAN_US + 100_000
     bucket = ledger.bucket(b"k", LIMIT, later_us)
@@ -63,7 +63,7 @@ def test_before_its_home_begins_a_replica_admits_nothing_and_afterwards_what_ref
     assert bucket.remaining == 5
 
 
-def spent(ledger: Ledger, limit: Limit, now_us: int) -> int:
+def spent(ledger: Ledger, limit: TokenBucketLimit, now_us: int) -> int:
     bucket, tokens = ledger.bucket(b"k", limit, now_us), 0
     while bucket.take(1, now_us):
         tokens += 1
@@ -75,7 +75,7 @@ def pass_time(ledgers: Iterable[Ledger], now_us: int, hours: float) -> int:
     for _ in range(10):
         now_us += int(hours * HOUR_US / 10)
         for ledger in ledgers:
-            ledger.tick({}, now_us, most=10, longest_key=100)
+            ledger.tick({}, now_us, max_buckets=10, longest_key=100)
             ledger.sweep(now_us, 10)
     return now_us
 
@@ -84,7 +84,7 @@ def pass_time(ledgers: Iterable[Ledger], now_us: int, hours: float) -> int:
 def test_a_purse_that_nobody_uses_refills_by_the_home_it_has_while_a_member_is_back_in_the_former_epoch(
     returns: bool,
 ) -> None:
-    limit, both, alone = Limit(100, HOUR_US, 100), {"a": 1, "b": 1}, {"a": 1, "b": 0}
+    limit, both, alone = TokenBucketLimit(100, HOUR_US, 100), {"a": 1, "b": 1}, {"a": 1, "b": 0}
     a = Ledger(Shares(Membership(2, alone, both), "a", 0), Origin("a", 1), lambda _key: limit)
     a.shares.receive("b", ShownMembership(2, alone), HOUR_US)
     now_us = pass_time([a], HOUR_US, 5)
@@ -93,30 +93,30 @@ def test_a_purse_that_nobody_uses_refills_by_the_home_it_has_while_a_member_is_b
     b = Ledger(Shares(Membership(1, both), "b", now_us), Origin("b", 1), lambda _key: limit)
     b.shares.receive("a", ShownMembership(2, alone), now_us)
     a.shares.receive("b", ShownMembership(1, both), now_us)
-    a.tick({}, now_us, most=10, longest_key=100)
+    a.tick({}, now_us, max_buckets=10, longest_key=100)
     b.bucket(b"k", limit, now_us)
     now_us = pass_time([a, b], now_us, 0.9)
     admitted = spent(b, limit, now_us)
     if returns:
         a.shares.receive("b", ShownMembership(2, alone), now_us)
-        a.tick({}, now_us, most=10, longest_key=100)
+        a.tick({}, now_us, max_buckets=10, longest_key=100)
     admitted += spent(a, limit, now_us)
     assert admitted <= 100 * (now_us - began_us) / HOUR_US
 
 
 def test_a_purse_that_is_looked_at_late_has_refilled_by_its_home_since_that_changed() -> None:
-    limit, both, alone = Limit(100, HOUR_US, 100), {"a": 1, "b": 3}, {"a": 1, "b": 0}
+    limit, both, alone = TokenBucketLimit(100, HOUR_US, 100), {"a": 1, "b": 3}, {"a": 1, "b": 0}
     ledger = Ledger(Shares(Membership(2, alone, both), "a", 0), Origin("a", 1), lambda _key: limit)
     ledger.shares.receive("b", ShownMembership(2, alone), HOUR_US)
     now_us = pass_time([ledger], HOUR_US, 5)
     assert spent(ledger, limit, now_us) == 100
     ledger.shares.receive("b", ShownMembership(1, both), now_us)
-    ledger.tick({}, now_us, most=0, longest_key=100)
+    ledger.tick({}, now_us, max_buckets=0, longest_key=100)
     assert ledger.bucket(b"k", limit, now_us + HOUR_US * 3 // 5).remaining == 15
 
 
 def test_however_often_homes_have_changed_a_purse_that_missed_it_holds_no_more_than_the_smallest() -> None:
-    limit, both, alone = Limit(100, HOUR_US, 100), {"a": 1, "b": 3}, {"a": 1, "b": 0}
+    limit, both, alone = TokenBucketLimit(100, HOUR_US, 100), {"a": 1, "b": 3}, {"a": 1, "b": 0}
     ledger = Ledger(Shares(Membership(2, alone, both), "a", 0), Origin("a", 1), lambda _key: limit)
     ledger.shares.receive("b", ShownMembership(2, alone), HOUR_US)
     now_us = pass_time([ledger], HOUR_US, 5)
@@ -124,7 +124,7 @@ def test_however_often_homes_have_changed_a_purse_that_missed_it_holds_no_more_t
     larger = [ShownMembership(2, {"a": 1, "b": 1}), ShownMembership(2, alone)]
     for shown in [ShownMembership(1, both), *larger * MAX_CHANGES][: MAX_CHANGES + 3]:
         ledger.shares.receive("b", shown, now_us)
-        ledger.tick({}, now_us, most=10, longest_key=100)
+        ledger.tick({}, now_us, max_buckets=10, longest_key=100)
     assert ledger.bucket(b"k", limit, now_us).remaining == 25
     assert ledger.bucket(b"k", limit, pass_time([ledger], now_us, 0.5)).remaining == 75
 
@@ -151,10 +151,10 @@ def test_a_bucket_that_is_short_asks_and_uses_what_it_is_paid() -> None:
     bucket = here.bucket(b"k", LIMIT, NOW_US)
     assert bucket.take(50, NOW_US)
     assert not bucket.take(30, NOW_US)
-    ask = here.tick(ENDS, NOW_US, most=10, longest_key=100)["b"][b"k"]
+    ask = here.tick(ENDS, NOW_US, max_buckets=10, longest_key=100)["b"][b"k"]
     pay = there.answer("a", b"k", ask, NOW_US)
     assert pay is not None
-    assert here.paid("b", 7, b"k", pay, NOW_US)
+    assert here.receive_payment("b", 7, b"k", pay, NOW_US)
     assert bucket.take(30, NOW_US)
     other = there.bucket(b"k", LIMIT, NOW_US)
     assert other.level + bucket.level == 20 * TOKEN * LIMIT.period_us
@@ -163,21 +163,21 @@ def test_a_bucket_that_is_short_asks_and_uses_what_it_is_paid() -> None:
 def test_nothing_is_asked_for_a_bucket_nobody_asks_for() -> None:
     ledger = make_ledger()
     ledger.bucket(b"k", LIMIT, NOW_US)
-    assert ledger.tick(ENDS, NOW_US, most=10, longest_key=100) == {}
+    assert ledger.tick(ENDS, NOW_US, max_buckets=10, longest_key=100) == {}
 
 
 def test_only_members_are_asked() -> None:
     ledger = make_ledger()
     ledger.bucket(b"k", LIMIT, NOW_US).take(60, NOW_US)
-    assert ledger.tick({"stranger": 7}, NOW_US, most=10, longest_key=100) == {}
+    assert ledger.tick({"stranger": 7}, NOW_US, max_buckets=10, longest_key=100) == {}
 
 
 def test_peers_are_not_asked_about_a_key_that_is_too_long_for_them() -> None:
     ledger = make_ledger()
     key = bytes(101)
     assert ledger.bucket(key, LIMIT, NOW_US).take(50, NOW_US)
-    assert ledger.tick(ENDS, NOW_US, most=10, longest_key=100) == {}
-    assert list(ledger.tick(ENDS, NOW_US, most=10, longest_key=101)["b"]) == [key]
+    assert ledger.tick(ENDS, NOW_US, max_buckets=10, longest_key=100) == {}
+    assert list(ledger.tick(ENDS, NOW_US, max_buckets=10, longest_key=101)["b"]) == [key]
 
 
 def test_a_tick_looks_at_no_more_buckets_than_it_may_and_at_all_in_turn() -> None:
@@ -185,7 +185,7 @@ def test_a_tick_looks_at_no_more_buckets_than_it_may_and_at_all_in_turn() -> Non
     keys = [b"k%d" % index for index in range(10)]
     for key in keys:
         ledger.bucket(key, LIMIT, NOW_US).take(60, NOW_US, always=True)
-    asked = [key for _ in range(3) for key in ledger.tick(ENDS, NOW_US, most=4, longest_key=100).get("b", {})]
+    asked = [key for _ in range(3) for key in ledger.tick(ENDS, NOW_US, max_buckets=4, longest_key=100).get("b", {})]
     assert asked == keys
 
 
@@ -194,10 +194,10 @@ def test_what_is_asked_for_on_an_end_that_closes_is_asked_for_on_the_next_one() 
     bucket = ledger.bucket(b"k", LIMIT, NOW_US)
     bucket.take(50, NOW_US)
     bucket.take(1, NOW_US)
-    first = ledger.tick(ENDS, NOW_US, most=10, longest_key=100)["b"]
-    assert ledger.tick(ENDS, NOW_US + 400_000, most=10, longest_key=100) == {}
+    first = ledger.tick(ENDS, NOW_US, max_buckets=10, longest_key=100)["b"]
+    assert ledger.tick(ENDS, NOW_US + 400_000, max_buckets=10, longest_key=100) == {}
     ledger.closed(7, first, NOW_US + 400_000)
-    assert list(ledger.tick({"b": 8}, NOW_US + 400_000, most=10, longest_key=100)["b"]) == [b"k"]
+    assert list(ledger.tick({"b": 8}, NOW_US + 400_000, max_buckets=10, longest_key=100)["b"]) == [b"k"]
 
 
 def test_a_payment_of_more_than_the_peer_can_have_is_told() -> None:
@@ -205,8 +205,8 @@ def test_a_payment_of_more_than_the_peer_can_have_is_told() -> None:
     bucket = ledger.bucket(b"k", LIMIT, NOW_US)
     bucket.take(50, NOW_US)
     bucket.take(1, NOW_US)
-    assert ledger.tick(ENDS, NOW_US, most=10, longest_key=100)
-    assert not ledger.paid("b", 7, b"k", Pay(60 * TOKEN, 0), NOW_US)
+    assert ledger.tick(ENDS, NOW_US, max_buckets=10, longest_key=100)
+    assert not ledger.receive_payment("b", 7, b"k", Pay(60 * TOKEN, 0), NOW_US)
     assert bucket.remaining <= 50
 
 
@@ -222,20 +222,20 @@ def test_a_full_bucket_that_asks_for_nothing_is_dropped_and_no_other() -> None:
     bucket = ledger.bucket(b"k", LIMIT, NOW_US)
     bucket.take(50, NOW_US)
     bucket.take(1, NOW_US)
-    asks = ledger.tick(ENDS, NOW_US, most=10, longest_key=100)["b"]
+    asks = ledger.tick(ENDS, NOW_US, max_buckets=10, longest_key=100)["b"]
     later_us = NOW_US + 3_000_000
-    ledger.tick(ENDS, later_us, most=10, longest_key=100)
-    assert ledger.sweep(later_us, most=10) == 1
+    ledger.tick(ENDS, later_us, max_buckets=10, longest_key=100)
+    assert ledger.sweep(later_us, max_buckets=10) == 1
     assert len(ledger) == 1
     ledger.closed(7, asks, later_us)
     later_us += 3_000_000
-    ledger.tick(ENDS, later_us, most=10, longest_key=100)
-    assert ledger.sweep(later_us, most=10) == 1
+    ledger.tick(ENDS, later_us, max_buckets=10, longest_key=100)
+    assert ledger.sweep(later_us, max_buckets=10) == 1
     assert len(ledger) == 0
 
 
 def test_a_purse_is_not_made_anew_before_a_limit_that_it_had_would_have_refilled_it() -> None:
-    day = Limit(1_000, 24 * HOUR_US, 1_000)
+    day = TokenBucketLimit(1_000, 24 * HOUR_US, 1_000)
     ledger, now_us = make_ledger(limit=day), NOW_US + 48 * HOUR_US
     ledger.tick({}, now_us, 10, 100)
     assert spent(ledger, day, now_us) == 500
@@ -265,7 +265,7 @@ def test_a_ledger_that_is_cleared_holds_no_bucket() -> None:
 def test_a_new_limit_is_enforced_on_the_live_bucket() -> None:
     ledger = make_ledger()
     ledger.bucket(b"k", LIMIT, NOW_US).take(50, NOW_US)
-    bucket = ledger.bucket(b"k", Limit(100, 1_000_000, 400), NOW_US)
+    bucket = ledger.bucket(b"k", TokenBucketLimit(100, 1_000_000, 400), NOW_US)
     bucket.advance(NOW_US + 2_000_000)
     assert bucket.remaining == 100
 
@@ -297,7 +297,7 @@ def test_what_is_withheld_is_neither_the_buckets_nor_a_peers_and_comes_back_with
 
 
 def test_when_a_reload_raises_the_burst_the_bucket_does_not_refill_by_the_rate_that_envoys_still_have() -> None:
-    ledger, larger = make_ledger(), Limit(100, 1_000_000, 400)
+    ledger, larger = make_ledger(), TokenBucketLimit(100, 1_000_000, 400)
     assert ledger.withhold(b"k", LIMIT, 30 * TOKEN, NOW_US) == 30 * TOKEN
     # Envoys have 30 of its 50 a second, whatever the burst.
     bucket = ledger.bucket(b"k", larger, NOW_US)
@@ -312,7 +312,7 @@ def test_when_a_reload_raises_the_burst_the_bucket_does_not_refill_by_the_rate_t
 
 
 def test_reloads_to_and_fro_leave_as_much_withheld_as_before() -> None:
-    ledger, larger, empty = make_ledger(), Limit(100, 1_000_000, 400), Limit(1, 1_000_000, 0)
+    ledger, larger, empty = make_ledger(), TokenBucketLimit(100, 1_000_000, 400), TokenBucketLimit(1, 1_000_000, 0)
     ledger.withhold(b"k", LIMIT, 30 * TOKEN, NOW_US)
     for limit in (larger, LIMIT, empty, LIMIT, larger, LIMIT):
         bucket = ledger.bucket(b"k", limit, NOW_US)
@@ -329,8 +329,10 @@ def test_what_was_paid_away_is_not_withheld() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-@pytest.mark.parametrize("limit", [LIMIT, Limit(7, 1_000_000, 5), Limit(1 << 21, 1_000_000, 1 << 21)])
-def test_what_is_withheld_held_and_paid_is_never_more_than_the_limit(seed: int, limit: Limit) -> None:
+@pytest.mark.parametrize(
+    "limit", [LIMIT, TokenBucketLimit(7, 1_000_000, 5), TokenBucketLimit(1 << 21, 1_000_000, 1 << 21)]
+)
+def test_what_is_withheld_held_and_paid_is_never_more_than_the_limit(seed: int, limit: TokenBucketLimit) -> None:
     chance = random.Random(seed)
     ledgers = {node: make_ledger(node, limit=limit) for node in "ab"}
     ends, withheld, held = {"a": 1, "b": 2}, dict.fromkeys("ab", 0), dict.fromkeys("ab", 0)
@@ -358,12 +360,12 @@ def test_what_is_withheld_held_and_paid_is_never_more_than_the_limit(seed: int, 
                 held[node] += max(0, withheld[node] - withheld_before) * limit.period_us
                 held[node] = min(held[node], limit.period_us * withheld[node])
             case "tick":
-                asks = ledger.tick({other: ends[node]}, now_us, most=10, longest_key=100)
+                asks = ledger.tick({other: ends[node]}, now_us, max_buckets=10, longest_key=100)
                 on_the_way += [(node, other, ask) for ask in asks.get(other, {}).values()]
             case "arrive" if on_the_way:
                 sender, receiver, sent = on_the_way.pop(0)
                 if isinstance(sent, Pay):
-                    assert ledgers[receiver].paid(sender, ends[receiver], b"k", sent, now_us)
+                    assert ledgers[receiver].receive_payment(sender, ends[receiver], b"k", sent, now_us)
                 elif (pay := ledgers[receiver].answer(sender, b"k", sent, now_us)) is not None:
                     on_the_way.append((receiver, sender, pay))
                     paid += pay.amount
@@ -376,7 +378,7 @@ def test_what_is_withheld_held_and_paid_is_never_more_than_the_limit(seed: int, 
     assert paid
 
 
-def test_nothing_is_withheld_before_there_is_a_home_share() -> None:
+def test_nothing_is_withheld_before_there_is_a_home() -> None:
     assert make_ledger().withhold(b"k", LIMIT, 50 * TOKEN, STARTED_US) == 0
 
 

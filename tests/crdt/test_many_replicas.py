@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ratelimit_sidecar.crdt.bucket import SUMMED_ENTRIES, Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.journal import Journal
-from ratelimit_sidecar.crdt.limit import Limit, Window, WindowLimit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit, Window, WindowLimit
 from ratelimit_sidecar.crdt.slot import REFUND, slot_id
 from ratelimit_sidecar.crdt.token_bucket import TokenBucket
 from ratelimit_sidecar.crdt.window import SlidingWindow
@@ -22,7 +22,7 @@ THERE = [Origin("there", 1 + number) for number in range(10)]
 
 
 def token_bucket(capacity: int = 2_000, origin: Origin = HERE, journal: Journal | None = None) -> TokenBucket:
-    return TokenBucket(b"k", Limit(2_000, 3_600_000_000, capacity), origin, NOW_US, journal)
+    return TokenBucket(b"k", TokenBucketLimit(2_000, 3_600_000_000, capacity), origin, NOW_US, journal)
 
 
 def sliding_window(capacity: int = 2_000, origin: Origin = HERE, journal: Journal | None = None) -> SlidingWindow:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ratelimit_sidecar.crdt.bucket import MAX_ORIGINS, MAX_RECEIVED, MAX_SLOTS, Base, Bucket, Entry, Origin
-from ratelimit_sidecar.crdt.limit import MAX_AHEAD_US, MAX_EXPONENT, AnyLimit, Limit, Window, WindowLimit
+from ratelimit_sidecar.crdt.limit import MAX_AHEAD_US, MAX_EXPONENT, AnyLimit, TokenBucketLimit, Window, WindowLimit
 from ratelimit_sidecar.crdt.slot import slot_id
 from ratelimit_sidecar.crdt.store import Store
 
@@ -20,9 +20,9 @@ HERE, THERE, HOSTILE = Origin("here", 1), Origin("there", 2), Origin("hostile", 
 MOST = 2**48
 
 LIMITS: tuple[AnyLimit, ...] = (
-    Limit(10, SECOND_US, 10),
-    Limit(5_000, SECOND_US, 5),
-    Limit(1_000, DAY_US, 1_000),
+    TokenBucketLimit(10, SECOND_US, 10),
+    TokenBucketLimit(5_000, SECOND_US, 5),
+    TokenBucketLimit(1_000, DAY_US, 1_000),
     WindowLimit(10, SECOND_US, Window.FIXED),
     WindowLimit(1_000, DAY_US, Window.FIXED),
     WindowLimit(10, SECOND_US, Window.SLIDING),
@@ -41,7 +41,7 @@ def bucket_of(store: Store, limit: AnyLimit, now_us: int = NOW_US) -> Bucket:
 
 def locked_us(limit: AnyLimit) -> int:
     """How long the worst that one says may deny everybody: until its debt is repaid, or its window is over."""
-    if isinstance(limit, Limit):
+    if isinstance(limit, TokenBucketLimit):
         return MAX_AHEAD_US + limit.debt_ceiling // limit.tokens + (2 << limit.exponent)
     return MAX_AHEAD_US + 2 * limit.period_us + (2 << limit.exponent)
 
@@ -155,7 +155,7 @@ def test_what_is_said_of_an_origin_is_put_right_by_its_own_word(limit: AnyLimit)
 
 
 def test_bases_of_any_size_make_replicas_alike_in_whatever_order_they_are_heard() -> None:
-    limit = Limit(1, SECOND_US, 10)
+    limit = TokenBucketLimit(1, SECOND_US, 10)
     bases = [Base(limit.boundary_us(NOW_US - back * SECOND_US), 2**63 * SECOND_US // (back + 1)) for back in range(4)]
     found = set()
     for order in permutations(bases):
@@ -181,7 +181,7 @@ entries_of_many = st.lists(
 
 @given(entries=entries_of_many, order=st.randoms(use_true_random=False), max_debt=st.integers(1, 3))
 def test_debt_is_cut_at_once_and_alike_whatever_the_order(entries: list[Entry], order, max_debt: int) -> None:
-    limit = Limit(4, SECOND_US, 4, max_debt=max_debt)
+    limit = TokenBucketLimit(4, SECOND_US, 4, max_debt=max_debt)
     shuffled = list(entries)
     order.shuffle(shuffled)
     one, other = store_of(HERE, limit), store_of(THERE, limit)
@@ -197,7 +197,7 @@ def test_debt_is_cut_at_once_and_alike_whatever_the_order(entries: list[Entry], 
 
 
 def test_a_take_that_is_charged_though_denied_owes_no_more_than_the_debt_ceiling() -> None:
-    limit = Limit(1, SECOND_US, 10)
+    limit = TokenBucketLimit(1, SECOND_US, 10)
     bucket = bucket_of(store_of(HERE, limit), limit)
     bucket.take(2**40, NOW_US, always=True)
     assert bucket.deficit == limit.debt_ceiling

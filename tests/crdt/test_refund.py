@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.journal import Journal
-from ratelimit_sidecar.crdt.limit import AnyLimit, Limit, Window, WindowLimit
+from ratelimit_sidecar.crdt.limit import AnyLimit, TokenBucketLimit, Window, WindowLimit
 from ratelimit_sidecar.crdt.slot import REFUND, placed_us, slot_id
 from ratelimit_sidecar.crdt.token_bucket import TokenBucket
 from ratelimit_sidecar.crdt.window import FixedWindow, SlidingWindow
@@ -25,15 +25,15 @@ DAY_US = 86_400 * SECOND_US
 NOW_US = 1_790_000_000_000_000 // DAY_US * DAY_US
 HERE, THERE, ELSEWHERE = (Origin(node, 1) for node in ("here", "there", "elsewhere"))
 
-TOKENS = Limit(60, MINUTE_US, 60)
-DAILY = Limit(100, DAY_US, 100)
+TOKENS = TokenBucketLimit(60, MINUTE_US, 60)
+DAILY = TokenBucketLimit(100, DAY_US, 100)
 FIXED = WindowLimit(60, MINUTE_US, Window.FIXED)
 SLIDING = WindowLimit(60, MINUTE_US, Window.SLIDING)
 ALL = pytest.mark.parametrize("limit", [TOKENS, DAILY, FIXED, SLIDING], ids=["tokens", "daily", "fixed", "sliding"])
 
 
 def bucket_of(limit: AnyLimit, origin: Origin = HERE, journal: Journal | None = None) -> Bucket:
-    if isinstance(limit, Limit):
+    if isinstance(limit, TokenBucketLimit):
         return TokenBucket(b"k", limit, origin, NOW_US, journal)
     if limit.window is Window.FIXED:
         return FixedWindow(b"k", limit, origin, NOW_US, journal)
@@ -185,7 +185,7 @@ histories = st.lists(
 
 @given(histories)
 def test_whatever_comes_late_the_level_is_that_of_the_formula_over_all_events(history) -> None:
-    limit = Limit(10, SECOND_US, 60, max_debt=1024)
+    limit = TokenBucketLimit(10, SECOND_US, 60, max_debt=1024)
     bucket = TokenBucket(b"k", limit, HERE, NOW_US)
     now_us = NOW_US
     counts: dict[tuple[Origin, int], int] = {}

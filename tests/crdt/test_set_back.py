@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ratelimit_sidecar.crdt.bucket import SET_BACK_US, Bucket, Origin
-from ratelimit_sidecar.crdt.limit import AnyLimit, Limit, Window, WindowLimit
+from ratelimit_sidecar.crdt.limit import AnyLimit, TokenBucketLimit, Window, WindowLimit
 from ratelimit_sidecar.crdt.slot import REFUND
 from ratelimit_sidecar.crdt.store import Store
 
@@ -18,9 +18,9 @@ HOUR_US = 3_600 * SECOND_US
 NOW_US = 1_790_000_000_000_000
 
 LIMITS: list[AnyLimit] = [
-    Limit(1, SECOND_US, 20),
-    Limit(1_000, 24 * HOUR_US, 50),
-    Limit(1_000, SECOND_US, 1_000),
+    TokenBucketLimit(1, SECOND_US, 20),
+    TokenBucketLimit(1_000, 24 * HOUR_US, 50),
+    TokenBucketLimit(1_000, SECOND_US, 1_000),
     WindowLimit(20, 60 * SECOND_US, Window.FIXED),
     WindowLimit(20, 24 * HOUR_US, Window.FIXED),
     WindowLimit(20, 60 * SECOND_US, Window.SLIDING),

@@ -6,11 +6,11 @@ import gc
 
 import pytest
 
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.crdt.slot import placed_us, slot_id
 from ratelimit_sidecar.crdt.spilled import CELLS, SpilledRefill
 
-LIMIT = Limit(tokens=3, period_us=1_000_000, capacity=9)
+LIMIT = TokenBucketLimit(tokens=3, period_us=1_000_000, capacity=9)
 SLOT_US = 1 << LIMIT.exponent
 MIDDLE_US = placed_us(slot_id(1_790_000_000_000_000, LIMIT.exponent), LIMIT.exponent)
 SLOT_REFILL = LIMIT.tokens * SLOT_US

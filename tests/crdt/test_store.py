@@ -7,13 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ratelimit_sidecar.crdt.bucket import SLOTS_A_LOOK, Base, Entry, Origin
-from ratelimit_sidecar.crdt.limit import HORIZON_SLOTS, AnyLimit, Limit, Window, WindowLimit
+from ratelimit_sidecar.crdt.limit import HORIZON_SLOTS, AnyLimit, TokenBucketLimit, Window, WindowLimit
 from ratelimit_sidecar.crdt.slot import slot_id
 from ratelimit_sidecar.crdt.store import MAX_SHIFT, Store
 
 NOW_US = 1_790_000_000_000_000
 HERE, THERE = Origin("here", 1), Origin("there", 1)
-LIMIT = Limit(tokens=10, period_us=1_000_000, capacity=10)
+LIMIT = TokenBucketLimit(tokens=10, period_us=1_000_000, capacity=10)
 
 
 def make_store() -> Store:
@@ -36,13 +36,13 @@ def test_a_bucket_is_dropped_once_it_is_full_and_its_slots_are_behind_the_horizo
     store = make_store()
     store.bucket(b"known", LIMIT, NOW_US).take(1, NOW_US)
     store.drain_changes()
-    assert store.sweep(NOW_US + 1_000_000, most=10) == 1
+    assert store.sweep(NOW_US + 1_000_000, max_buckets=10) == 1
     assert (len(store), store.evicted) == (1, 0)
-    assert store.sweep(NOW_US + 2 * LIMIT.horizon_us, most=10) == 1
+    assert store.sweep(NOW_US + 2 * LIMIT.horizon_us, max_buckets=10) == 1
     assert (len(store), store.evicted) == (0, 1)
 
 
-HOURLY = Limit(tokens=1_000, period_us=3_600_000_000, capacity=1_000)
+HOURLY = TokenBucketLimit(tokens=1_000, period_us=3_600_000_000, capacity=1_000)
 SLOT_US = 1 << HOURLY.exponent
 
 
@@ -176,10 +176,10 @@ def test_a_step_of_the_sweep_looks_at_few_buckets_if_they_hold_slots_of_many_rep
 def test_a_bucket_with_news_for_peers_stays() -> None:
     store = make_store()
     store.bucket(b"known", LIMIT, NOW_US).take(1, NOW_US)
-    store.sweep(NOW_US + 2 * LIMIT.horizon_us, most=10)
+    store.sweep(NOW_US + 2 * LIMIT.horizon_us, max_buckets=10)
     assert len(store) == 1
     store.drain_changes()
-    store.sweep(NOW_US + 2 * LIMIT.horizon_us, most=10)
+    store.sweep(NOW_US + 2 * LIMIT.horizon_us, max_buckets=10)
     assert len(store) == 0
 
 
@@ -187,7 +187,7 @@ def test_a_sweep_resumes_where_the_last_one_stopped() -> None:
     store = make_store()
     for index in range(10):
         store.bucket(b"known%d" % index, LIMIT, NOW_US)
-    assert [store.sweep(NOW_US, most=4) for _ in range(3)] == [4, 4, 2]
+    assert [store.sweep(NOW_US, max_buckets=4) for _ in range(3)] == [4, 4, 2]
     assert len(store) == 0
 
 
@@ -245,12 +245,12 @@ def test_a_key_without_a_rule_here_is_refused_and_kept_nowhere() -> None:
 def test_a_new_limit_is_enforced_on_the_live_bucket() -> None:
     store = make_store()
     store.bucket(b"known", LIMIT, NOW_US).take(6, NOW_US)
-    assert store.bucket(b"known", Limit(10, 1_000_000, 20), NOW_US).remaining == 14
+    assert store.bucket(b"known", TokenBucketLimit(10, 1_000_000, 20), NOW_US).remaining == 14
 
 
 def test_a_bucket_that_is_dropped_leaves_its_room_to_others() -> None:
     store = Store(HERE, lambda _key: LIMIT, max_buckets=2)
     for number in range(20):
         store.bucket(b"%d" % number, LIMIT, NOW_US)
-        store.sweep(NOW_US, most=10)
+        store.sweep(NOW_US, max_buckets=10)
         assert len(store) == 0

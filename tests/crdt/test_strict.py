@@ -17,7 +17,7 @@ from seeds import seeds
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
-from ratelimit_sidecar.crdt.limit import MAX_CAPACITY, Limit
+from ratelimit_sidecar.crdt.limit import MAX_CAPACITY, TokenBucketLimit
 from ratelimit_sidecar.crdt.shares import (
     MAX_CONFLICTS,
     OLD_LOAN_US,
@@ -31,13 +31,13 @@ from ratelimit_sidecar.crdt.strict import HOLD_US, StrictBucket
 from ratelimit_sidecar.crdt.waiting import Outcome
 
 SECOND_US = 1_000_000
-PER_SECOND_100 = Limit(100, SECOND_US, 100)
+PER_SECOND_100 = TokenBucketLimit(100, SECOND_US, 100)
 NOW_US = OLD_LOAN_US
 
 SCHEDULES = seeds(30, thorough=60, nightly=20_000)
 
 
-def rate_of(limit: Limit, duration_us: int) -> int:
+def rate_of(limit: TokenBucketLimit, duration_us: int) -> int:
     return limit.tokens * duration_us // limit.period_us
 
 
@@ -56,10 +56,10 @@ def run_faults(seed: int, **broken: object) -> StrictCluster:
     limit = random.choice(
         [
             PER_SECOND_100,
-            Limit(10, SECOND_US, 50),
-            Limit(40, SECOND_US, 5),
-            Limit(5, SECOND_US, 5),
-            Limit(1, 10 * SECOND_US, 50),
+            TokenBucketLimit(10, SECOND_US, 50),
+            TokenBucketLimit(40, SECOND_US, 5),
+            TokenBucketLimit(5, SECOND_US, 5),
+            TokenBucketLimit(1, 10 * SECOND_US, 50),
         ]
     )
     names = "abcde"[: random.randint(2, 5)]
@@ -187,7 +187,7 @@ def test_kept_purses_that_nobody_asks_for_fill_up_and_are_dropped() -> None:
 
 
 def answer_after_its_end_has_closed(**broken: object) -> None:
-    limit = Limit(10, SECOND_US, 10)
+    limit = TokenBucketLimit(10, SECOND_US, 10)
     cluster = StrictCluster(limit, ("a", "b"), delay_us=2 * SECOND_US, **broken)  # type: ignore[arg-type]
     cluster.take_all("a")
     cluster.ask("a", "b", 1.0)
@@ -207,7 +207,7 @@ def test_an_answer_after_its_end_has_closed_does_not_count() -> None:
         answer_after_its_end_has_closed(counts_late=True)
 
 
-def test_under_overload_everywhere_each_region_has_its_home_share() -> None:
+def test_under_overload_everywhere_each_region_has_its_home() -> None:
     cluster = StrictCluster(PER_SECOND_100, delay_us=80_000, weights={"a": 2, "b": 1, "c": 1})
     for node in cluster.nodes:
         cluster.take_all(node)
@@ -235,7 +235,7 @@ def test_two_busy_regions_divide_what_the_third_does_not_need() -> None:
 @pytest.mark.parametrize("busy", ["a", "abcde"], ids=["one busy", "all busy"])
 def test_a_limit_of_about_as_many_tokens_as_there_are_members_admits_what_it_says(capacity: int, busy: str) -> None:
     """Divided by parts of a token, 5 a second for five members were 0."""
-    limit = Limit(capacity, SECOND_US, capacity)
+    limit = TokenBucketLimit(capacity, SECOND_US, capacity)
     cluster = StrictCluster(limit, tuple("abcde"), delay_us=20_000)
     for node in busy:
         cluster.demand(node, 20, 12 * SECOND_US)
@@ -251,7 +251,10 @@ def test_what_a_restarted_replica_had_is_lost_and_refills() -> None:
 
 
 def test_room_that_is_asked_for_does_not_refill_until_it_is_answered_or_its_end_is_closed() -> None:
-    for answer in (lambda bucket: bucket.paid(7, "b", 20 << 32, 50 * TOKEN), lambda bucket: bucket.closed(7, NOW_US)):
+    for answer in (
+        lambda bucket: bucket.receive_payment(7, "b", 20 << 32, 50 * TOKEN),
+        lambda bucket: bucket.closed(7, NOW_US),
+    ):
         bucket = half()
         assert bucket.take(50, NOW_US)
         bucket.ask(7, 30 << 32)
@@ -267,7 +270,7 @@ def test_more_than_was_asked_for_is_not_believed() -> None:
     bucket = half()
     assert bucket.take(50, NOW_US)
     bucket.ask(1, 10 << 32)
-    bucket.paid(1, "b", 50 << 32, 50 * TOKEN)
+    bucket.receive_payment(1, "b", 50 << 32, 50 * TOKEN)
     assert bucket.remaining == 10
 
 
@@ -279,7 +282,7 @@ def test_a_peer_that_pays_again_and_again_is_believed_no_more_than_its_home_hold
         while bucket.take(1, now_us):
             admitted += 1
         bucket.ask(step, 40 << 32)
-        bucket.paid(step, "b", 40 << 32, 25 * TOKEN)
+        bucket.receive_payment(step, "b", 40 << 32, 25 * TOKEN)
     most = 75 + 3 * rate_of(PER_SECOND_100, 200 * 20_000) // 4
     assert most - 2 <= admitted <= most
 
@@ -289,7 +292,7 @@ def test_what_a_peer_was_paid_it_can_pay_back() -> None:
     for end in range(10):
         assert bucket.pay("b", 25 << 32) == 25 << 32
         bucket.ask(end, 25 << 32)
-        assert bucket.paid(end, "b", 25 << 32, 25 * TOKEN)
+        assert bucket.receive_payment(end, "b", 25 << 32, 25 * TOKEN)
     assert bucket.remaining == 50
 
 
@@ -339,11 +342,11 @@ def test_a_limit_lowered_while_an_ask_is_open_leaves_no_more_than_the_home() -> 
     bucket = half()
     bucket.take(50, NOW_US)
     bucket.ask(1, 40 << 32)
-    bucket.set_limit(Limit(100, SECOND_US, 20), NOW_US)
+    bucket.set_limit(TokenBucketLimit(100, SECOND_US, 20), NOW_US)
     bucket.set_home(10 * TOKEN, NOW_US)
     bucket.advance(NOW_US + SECOND_US)
     assert bucket.remaining == 0
-    bucket.paid(1, "b", 40 << 32, 100 * TOKEN)
+    bucket.receive_payment(1, "b", 40 << 32, 100 * TOKEN)
     assert bucket.remaining == 10
 
 
@@ -374,14 +377,14 @@ def test_the_tokens_that_cannot_be_divided_go_to_every_node_in_turn() -> None:
     assert min(lucky.values()) > 120
 
 
-def test_what_a_node_shows_that_is_no_member_changes_nobodys_share() -> None:
+def test_what_a_node_shows_that_is_no_member_changes_nobodys_home() -> None:
     shares = Shares(Membership(1, {"a": 1, "b": 1}), "a", 0)
     shares.receive("stranger", ShownMembership(1, {"stranger": 1}), OLD_LOAN_US)
-    assert shares.part(OLD_LOAN_US) == 1 / 2
+    assert shares.home_fraction(OLD_LOAN_US) == 1 / 2
     assert list(shares.conflicts) == ["stranger"]
     shares = Shares(Membership(2, {"a": 1}, {"a": 1, "b": 1}), "a", 0)
     shares.receive("b", ShownMembership(2, {"b": 1}), OLD_LOAN_US)
-    assert shares.part(OLD_LOAN_US) == 0, "a member's word, of the epoch before as well"
+    assert shares.home_fraction(OLD_LOAN_US) == 0, "a member's word, of the epoch before as well"
 
 
 def test_whoever_dials_in_under_ever_new_names_is_not_remembered() -> None:
@@ -395,11 +398,11 @@ def test_whoever_dials_in_under_ever_new_names_is_not_remembered() -> None:
     assert len(shares.conflicts) == MAX_CONFLICTS
     shares.receive("b", ShownMembership(1, {"a": 1, "b": 3}), 0)
     assert "b" in shares.conflicts
-    assert shares.part(OLD_LOAN_US) == 1 / 4
+    assert shares.home_fraction(OLD_LOAN_US) == 1 / 4
 
 
 @pytest.mark.parametrize("order", list(permutations("bcd")))
-def test_while_two_epochs_are_in_flight_the_home_shares_sum_to_at_most_one(order: tuple[str, ...]) -> None:
+def test_while_two_epochs_are_in_flight_the_homes_sum_to_at_most_one(order: tuple[str, ...]) -> None:
     """Nodes are restarted into the new epoch one by one, d joins and a leaves; the sum is taken at every step."""
     old, new = {"a": 1, "b": 1, "c": 2}, {"b": 2, "c": 1, "d": 1}
     before, after = Membership(1, old), Membership(2, new, old)
@@ -417,7 +420,7 @@ def test_while_two_epochs_are_in_flight_the_home_shares_sum_to_at_most_one(order
                         one.receive(other.node, shown, later_us)
             assert sum(view.home(b"k", 100, later_us) for view in views.values()) <= 100 * TOKEN
             now_us = later_us
-    assert {node: view.part(now_us) for node, view in views.items()} == {node: new[node] / 4 for node in views}
+    assert {node: view.home_fraction(now_us) for node, view in views.items()} == {node: new[node] / 4 for node in views}
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -436,13 +439,13 @@ def test_however_many_changes_nodes_have_missed_or_taken_back_the_homes_sum_to_a
         assert sum(view.home(b"k", 100, now_us) for view in views.values()) <= 100 * TOKEN
 
 
-def test_a_peer_with_other_members_under_the_same_epoch_leaves_the_smaller_share() -> None:
+def test_a_peer_with_other_members_under_the_same_epoch_leaves_the_smaller_home() -> None:
     shares = Shares(Membership(1, {"a": 1, "b": 1}), "a", 0)
     shares.receive("b", ShownMembership(1, {"a": 1, "b": 3}), OLD_LOAN_US)
-    assert shares.part(OLD_LOAN_US) == 1 / 4
+    assert shares.home_fraction(OLD_LOAN_US) == 1 / 4
     assert list(shares.conflicts) == ["b"]
     shares.receive("b", ShownMembership(1, {"a": 1, "b": 1}), OLD_LOAN_US)
-    assert shares.part(OLD_LOAN_US) == 1 / 2
+    assert shares.home_fraction(OLD_LOAN_US) == 1 / 2
 
 
 def test_charged_always_a_strict_bucket_owes() -> None:
@@ -468,7 +471,7 @@ def test_after_a_change_it_owes_no_more_than_it_could_under_the_new_limit_and_ho
     bucket = half()
     bucket.take(2**48, NOW_US, always=True)
     before = bucket.debt
-    smaller = Limit(1, SECOND_US, 10)
+    smaller = TokenBucketLimit(1, SECOND_US, 10)
     bucket.set_limit(smaller, NOW_US)
     bucket.set_home(5 * TOKEN, NOW_US)
     assert bucket.level == bucket.floor
@@ -498,24 +501,24 @@ def test_who_owes_asks_for_no_more_than_its_home_holds() -> None:
     bucket.take(75, NOW_US, always=True)
     assert bucket.room == bucket.ceiling
     bucket.ask(1, 50 * TOKEN)
-    bucket.paid(1, "b", 50 * TOKEN, 50 * TOKEN)
+    bucket.receive_payment(1, "b", 50 * TOKEN, 50 * TOKEN)
     assert bucket.remaining == 25
 
 
 def test_a_change_of_limit_keeps_the_part_of_the_level() -> None:
     bucket = half()
     bucket.take(20, OLD_LOAN_US)
-    bucket.set_limit(Limit(50, SECOND_US, 200), OLD_LOAN_US)
+    bucket.set_limit(TokenBucketLimit(50, SECOND_US, 200), OLD_LOAN_US)
     bucket.set_home(100 * TOKEN, OLD_LOAN_US)
     assert bucket.remaining == 30
-    bucket.set_limit(Limit(50, SECOND_US, 20), OLD_LOAN_US)
+    bucket.set_limit(TokenBucketLimit(50, SECOND_US, 20), OLD_LOAN_US)
     bucket.set_home(10 * TOKEN, OLD_LOAN_US)
     assert bucket.remaining == 10
     assert bucket.level <= bucket.ceiling
 
 
 def test_debt_that_is_put_back_is_no_more_than_may_be_owed() -> None:
-    bucket = StrictBucket(b"k", Limit(3, SECOND_US, 7), Origin("a", 1), 0, home=3 * TOKEN, from_us=0)
+    bucket = StrictBucket(b"k", TokenBucketLimit(3, SECOND_US, 7), Origin("a", 1), 0, home=3 * TOKEN, from_us=0)
     bucket.restore(-1 << 62)
     assert bucket.level == bucket.floor
 
@@ -524,9 +527,9 @@ def test_a_new_share_counts_in_full_when_the_last_member_has_shown_the_epoch() -
     shares = Shares(Membership(2, {"a": 3, "b": 1}, {"a": 1, "b": 3}), "a", 0)
     shares.receive("b", ShownMembership(1, {"a": 1, "b": 3}), HOLD_US)
     assert not shares.is_settled
-    assert shares.part(HOLD_US) == 1 / 4
+    assert shares.home_fraction(HOLD_US) == 1 / 4
     shares.receive("b", ShownMembership(2, {"a": 3, "b": 1}), 2 * SECOND_US)
-    assert shares.part(2 * SECOND_US) == 3 / 4
+    assert shares.home_fraction(2 * SECOND_US) == 3 / 4
 
 
 def test_the_weights_of_a_member_that_two_changes_have_not_reached_count_until_it_shows_the_epoch() -> None:
@@ -541,12 +544,12 @@ def test_the_weights_of_a_member_that_two_changes_have_not_reached_count_until_i
         (ShownMembership(3, three), 5 / 10),
     ]:
         shares.receive("b", shown, OLD_LOAN_US)
-        assert shares.part(OLD_LOAN_US) == part
+        assert shares.home_fraction(OLD_LOAN_US) == part
     for peer in ("b", "c"):
         shares.receive(peer, ShownMembership(1, one), OLD_LOAN_US)
     assert shares.in_force(OLD_LOAN_US) == [three, two, one]
     shares.receive("b", ShownMembership(4, one), OLD_LOAN_US)
-    assert shares.part(OLD_LOAN_US) == 1 / 10, "c is where it was"
+    assert shares.home_fraction(OLD_LOAN_US) == 1 / 10, "c is where it was"
     shares.receive("c", ShownMembership(3, three), OLD_LOAN_US)
     assert shares.in_force(OLD_LOAN_US) == [three, two]
 
@@ -556,15 +559,15 @@ def test_a_node_just_started_has_a_home_once_all_members_have_shown_that_they_do
     shares = Shares(membership, "a", 0)
     shares.receive("b", ShownMembership(1, membership.weights), 1_000)
     shares.receive("c", ShownMembership(0, {}), 2_000)
-    assert shares.part(OLD_LOAN_US - 1) == 0, "c may still use what the former life of a has lent it"
-    assert shares.part(OLD_LOAN_US) == 1 / 4
+    assert shares.home_fraction(OLD_LOAN_US - 1) == 0, "c may still use what the former life of a has lent it"
+    assert shares.home_fraction(OLD_LOAN_US) == 1 / 4
     shares = Shares(membership, "a", 0)
     for peer in "bc":
         shares.receive(peer, ShownMembership(1, membership.weights), 3_000)
-    assert shares.part(HOLD_US - 1) == 0, "its former life may have set something aside for b"
-    assert (shares.from_us, shares.part(HOLD_US)) == (HOLD_US, 1 / 4)
+    assert shares.home_fraction(HOLD_US - 1) == 0, "its former life may have set something aside for b"
+    assert (shares.from_us, shares.home_fraction(HOLD_US)) == (HOLD_US, 1 / 4)
     shares = Shares(membership, "a", 0)
     for peer in "bc":
         shares.receive(peer, ShownMembership(1, membership.weights), 2 * SECOND_US)
-    assert (shares.from_us, shares.part(2 * SECOND_US)) == (2 * SECOND_US, 1 / 4)
-    assert Shares(Membership(1, {"a": 1}), "a", 0).part(0) == 1
+    assert (shares.from_us, shares.home_fraction(2 * SECOND_US)) == (2 * SECOND_US, 1 / 4)
+    assert Shares(Membership(1, {"a": 1}), "a", 0).home_fraction(0) == 1

@@ -11,7 +11,7 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.crdt.shares import Membership
 from ratelimit_sidecar.crdt.waiting import Outcome
 
@@ -32,11 +32,11 @@ class StrictMachine(RuleBasedStateMachine):
     @initialize(
         limit=st.sampled_from(
             [
-                Limit(100, SECOND_US, 100),
-                Limit(5, SECOND_US, 20),
-                Limit(40, SECOND_US, 4),
-                Limit(3, SECOND_US, 3),
-                Limit(2, 60 * SECOND_US, 2),
+                TokenBucketLimit(100, SECOND_US, 100),
+                TokenBucketLimit(5, SECOND_US, 20),
+                TokenBucketLimit(40, SECOND_US, 4),
+                TokenBucketLimit(3, SECOND_US, 3),
+                TokenBucketLimit(2, 60 * SECOND_US, 2),
             ]
         ),
         seed=st.integers(0, 2**32),
@@ -44,7 +44,9 @@ class StrictMachine(RuleBasedStateMachine):
         drift_ppm=st.sampled_from([0, 5_000]),
         weights=weights,
     )
-    def start_cluster(self, limit: Limit, seed: int, delay_us: int, drift_ppm: int, weights: dict[str, int]) -> None:
+    def start_cluster(
+        self, limit: TokenBucketLimit, seed: int, delay_us: int, drift_ppm: int, weights: dict[str, int]
+    ) -> None:
         self.cluster = StrictCluster(
             limit,
             tuple(NODES),
@@ -153,7 +155,7 @@ class StrictMachine(RuleBasedStateMachine):
         """Replicas change their rules at different moments; the oracle allows the greatest."""
         whole = self.cluster.limit
         tokens = whole.tokens if faster else max(1, whole.tokens // 2)
-        self.cluster.set_limit(node, Limit(tokens, whole.period_us, whole.capacity // part))
+        self.cluster.set_limit(node, TokenBucketLimit(tokens, whole.period_us, whole.capacity // part))
 
     @rule(node=nodes, weights=weights, back=st.integers(0, 4))
     def roll_out_a_membership(self, node: str, weights: dict[str, int], back: int) -> None:

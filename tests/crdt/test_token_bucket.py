@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from ratelimit_sidecar.crdt.bucket import Base, Entry, Origin
 from ratelimit_sidecar.crdt.journal import Journal
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.crdt.slot import placed_us, slot_end_us, slot_exponent, slot_id, slot_start_us
 from ratelimit_sidecar.crdt.spilled import CELLS, SpilledRefill
 from ratelimit_sidecar.crdt.token_bucket import SEAL_BATCH_SLOTS, TokenBucket
@@ -24,7 +24,7 @@ NOW_US = 1_790_000_000_000_000
 HERE, THERE, ELSEWHERE = (Origin(node, 1) for node in ("here", "there", "elsewhere"))
 
 limits = st.builds(
-    Limit,
+    TokenBucketLimit,
     tokens=st.integers(1, 50) | st.just(5_000),
     period_us=st.sampled_from([1_000_000, 7_000_001, 60_000_000]),
     capacity=st.integers(1, 60),
@@ -39,17 +39,17 @@ remote_slots = st.lists(
 )
 
 
-def unforgiving(limit: Limit) -> Limit:
+def unforgiving(limit: TokenBucketLimit) -> TokenBucketLimit:
     """The same limit with debt enough for every history drawn here: the formula knows no forgiveness."""
-    return Limit(limit.tokens, limit.period_us, limit.capacity, max_debt=1024)
+    return TokenBucketLimit(limit.tokens, limit.period_us, limit.capacity, max_debt=1024)
 
 
-def slot_refill(limit: Limit) -> int:
+def slot_refill(limit: TokenBucketLimit) -> int:
     return limit.tokens << limit.exponent
 
 
 @given(limits, takes, st.lists(st.booleans(), max_size=60))
-def test_a_lone_bucket_admits_exactly_what_a_textbook_bucket_admits(limit: Limit, history, seals) -> None:
+def test_a_lone_bucket_admits_exactly_what_a_textbook_bucket_admits(limit: TokenBucketLimit, history, seals) -> None:
     """P2, with sealing at any moment and a pause past the horizon in between."""
     bucket = TokenBucket(b"k", limit, HERE, NOW_US)
     now_us, level, admitted = NOW_US, limit.ceiling, []
@@ -68,7 +68,7 @@ def test_a_lone_bucket_admits_exactly_what_a_textbook_bucket_admits(limit: Limit
 
 
 @given(limits, remote_slots)
-def test_late_arrivals_in_constant_time_equal_the_formula_over_all_events(limit: Limit, arrivals) -> None:
+def test_late_arrivals_in_constant_time_equal_the_formula_over_all_events(limit: TokenBucketLimit, arrivals) -> None:
     limit = unforgiving(limit)
     bucket = TokenBucket(b"k", limit, HERE, NOW_US)
     now_us, events, heard = NOW_US, [], Counter()
@@ -84,7 +84,7 @@ def test_late_arrivals_in_constant_time_equal_the_formula_over_all_events(limit:
 
 @given(limits, takes, remote_slots)
 def test_own_takes_amid_late_arrivals_are_within_one_slots_refill_of_the_formula(
-    limit: Limit, history, arrivals
+    limit: TokenBucketLimit, history, arrivals
 ) -> None:
     limit = unforgiving(limit)
     bucket = TokenBucket(b"k", limit, HERE, NOW_US)
@@ -102,7 +102,7 @@ def test_own_takes_amid_late_arrivals_are_within_one_slots_refill_of_the_formula
 
 @given(limits, takes, remote_slots)
 def test_own_takes_amid_arrivals_no_later_than_spilled_refill_is_known_equal_the_formula_exactly(
-    limit: Limit, history, arrivals
+    limit: TokenBucketLimit, history, arrivals
 ) -> None:
     """Nothing is folded again, so own takes keep their exact time."""
     limit = unforgiving(limit)
@@ -123,7 +123,9 @@ def test_own_takes_amid_arrivals_no_later_than_spilled_refill_is_known_equal_the
 
 
 @given(limits, takes, remote_slots, st.randoms(use_true_random=False))
-def test_replicas_that_heard_the_same_fold_to_the_same_bit(limit: Limit, own, remote, rng: random.Random) -> None:
+def test_replicas_that_heard_the_same_fold_to_the_same_bit(
+    limit: TokenBucketLimit, own, remote, rng: random.Random
+) -> None:
     here = TokenBucket(b"k", limit, HERE, NOW_US)
     there = TokenBucket(b"k", limit, THERE, NOW_US)
     now_us = NOW_US
@@ -149,7 +151,9 @@ def test_replicas_that_heard_the_same_fold_to_the_same_bit(limit: Limit, own, re
 
 
 @given(limits, takes, takes)
-def test_after_a_partition_the_level_is_that_of_one_bucket_fed_all_events(limit: Limit, ours, theirs) -> None:
+def test_after_a_partition_the_level_is_that_of_one_bucket_fed_all_events(
+    limit: TokenBucketLimit, ours, theirs
+) -> None:
     """P4, for partitions inside the horizon and debt inside `max_debt`."""
     limit = unforgiving(limit)
     here = TokenBucket(b"k", limit, HERE, NOW_US)
@@ -171,7 +175,7 @@ def test_after_a_partition_the_level_is_that_of_one_bucket_fed_all_events(limit:
 
 
 @given(limits, remote_slots, st.integers(1, 60), st.lists(gaps, min_size=1, max_size=20))
-def test_sealing_in_any_steps_folds_to_the_same_bit(limit: Limit, arrivals, burst: int, seal_gaps) -> None:
+def test_sealing_in_any_steps_folds_to_the_same_bit(limit: TokenBucketLimit, arrivals, burst: int, seal_gaps) -> None:
     often = TokenBucket(b"k", limit, HERE, NOW_US)
     never = TokenBucket(b"k", limit, HERE, NOW_US)
     now_us = NOW_US
@@ -187,7 +191,7 @@ def test_sealing_in_any_steps_folds_to_the_same_bit(limit: Limit, arrivals, burs
 
 
 @given(limits, remote_slots, st.integers(1, 60))
-def test_the_live_level_follows_forgiveness_too(limit: Limit, arrivals, burst: int) -> None:
+def test_the_live_level_follows_forgiveness_too(limit: TokenBucketLimit, arrivals, burst: int) -> None:
     bucket = TokenBucket(b"k", limit, HERE, NOW_US)
     now_us, heard = NOW_US, Counter()
     for gap_us, age_us, tokens, origin in arrivals:
@@ -200,7 +204,7 @@ def test_the_live_level_follows_forgiveness_too(limit: Limit, arrivals, burst: i
 
 
 @given(limits, takes)
-def test_an_idle_bucket_equals_an_absent_one(limit: Limit, history) -> None:
+def test_an_idle_bucket_equals_an_absent_one(limit: TokenBucketLimit, history) -> None:
     bucket = TokenBucket(b"k", limit, HERE, NOW_US)
     now_us = NOW_US
     for gap_us, hits in history:
@@ -213,7 +217,9 @@ def test_an_idle_bucket_equals_an_absent_one(limit: Limit, history) -> None:
 
 
 @given(limits, st.integers(0, 10**12), st.integers(0, 10**12), st.integers(0, 20_000_000), st.integers(0, 20_000_000))
-def test_joining_bases_is_commutative_and_idempotent(limit: Limit, a: int, b: int, a_age: int, b_age: int) -> None:
+def test_joining_bases_is_commutative_and_idempotent(
+    limit: TokenBucketLimit, a: int, b: int, a_age: int, b_age: int
+) -> None:
     bases = [Base(limit.boundary_us(NOW_US - age), min(d, limit.debt_ceiling)) for d, age in ((a, a_age), (b, b_age))]
     folds = set()
     for order in (bases, bases[::-1], bases * 2):
@@ -225,7 +231,7 @@ def test_joining_bases_is_commutative_and_idempotent(limit: Limit, a: int, b: in
 
 
 def test_debt_of_concurrent_takes_is_repaid_before_anything_is_admitted() -> None:
-    limit = Limit(tokens=1, period_us=1_000_000, capacity=10)
+    limit = TokenBucketLimit(tokens=1, period_us=1_000_000, capacity=10)
     bucket = TokenBucket(b"k", limit, HERE, NOW_US)
     assert bucket.take(10, NOW_US)
     bucket.merge([Entry(THERE, slot_id(NOW_US, limit.exponent), 10)], NOW_US)
@@ -235,17 +241,17 @@ def test_debt_of_concurrent_takes_is_repaid_before_anything_is_admitted() -> Non
 
 
 def test_a_change_of_limit_keeps_what_was_taken() -> None:
-    bucket = TokenBucket(b"k", Limit(1, 1_000_000, 10), HERE, NOW_US)
+    bucket = TokenBucket(b"k", TokenBucketLimit(1, 1_000_000, 10), HERE, NOW_US)
     assert bucket.take(8, NOW_US)
-    bucket.set_limit(Limit(1, 2_000_000, 20), NOW_US)
+    bucket.set_limit(TokenBucketLimit(1, 2_000_000, 20), NOW_US)
     assert bucket.remaining == 12
     assert bucket.take(12, NOW_US)
     assert not bucket.take(1, NOW_US)
     assert sum(entry.tokens for entry in bucket.entries()) == 20
 
 
-DAY = Limit(1_000, 86_400_000_000, 1_000)
-FAST = Limit(10, 1_000_000, 10)
+DAY = TokenBucketLimit(1_000, 86_400_000_000, 1_000)
+FAST = TokenBucketLimit(10, 1_000_000, 10)
 
 
 @given(st.lists(st.tuples(gaps, st.integers(0, 400)), max_size=20), takes, st.lists(st.booleans(), max_size=60))
@@ -272,9 +278,9 @@ def test_a_limit_that_is_changed_and_changed_back_has_refilled_as_if_it_had_stay
 
 
 def test_a_raised_limit_has_its_tokens_at_once() -> None:
-    bucket = TokenBucket(b"k", Limit(10, 86_400_000_000, 10), HERE, NOW_US)
+    bucket = TokenBucket(b"k", TokenBucketLimit(10, 86_400_000_000, 10), HERE, NOW_US)
     assert bucket.take(10, NOW_US)
-    for limit, least in ((DAY, 990), (FAST, 0), (Limit(20, 1_000_000, 20), 10)):
+    for limit, least in ((DAY, 990), (FAST, 0), (TokenBucketLimit(20, 1_000_000, 20), 10)):
         bucket.set_limit(limit, NOW_US)
         assert bucket.remaining >= least
 
@@ -299,7 +305,7 @@ def test_replicas_that_change_a_limit_back_at_other_times_owe_the_same() -> None
 
 
 def test_a_clock_that_is_set_back_leaves_what_a_former_limit_refills_as_it_was() -> None:
-    bucket = TokenBucket(b"k", Limit(1, 60_000_000, 1), HERE, NOW_US)
+    bucket = TokenBucket(b"k", TokenBucketLimit(1, 60_000_000, 1), HERE, NOW_US)
     assert bucket.take(1, NOW_US)
     bucket.set_limit(FAST, NOW_US)
     bucket.seal(NOW_US + 20_000_000)
@@ -310,17 +316,17 @@ def test_a_clock_that_is_set_back_leaves_what_a_former_limit_refills_as_it_was()
 
 
 def test_a_change_of_limit_keeps_what_the_base_owes_in_tokens() -> None:
-    limit = Limit(1, 100_000_000, 10)
+    limit = TokenBucketLimit(1, 100_000_000, 10)
     bucket = TokenBucket(b"k", limit, HERE, NOW_US)
     bucket.merge_base(Base(limit.boundary_us(NOW_US), 40 * limit.period_us), NOW_US)
     owed_tokens = bucket.base.deficit // limit.period_us
-    wider = Limit(3, 7_000_000, 20)
+    wider = TokenBucketLimit(3, 7_000_000, 20)
     bucket.set_limit(wider, NOW_US)
     assert bucket.base.deficit == owed_tokens * wider.period_us
 
 
 def test_a_change_of_limit_opens_a_slot_of_the_new_width_and_back_again_no_count_falls() -> None:
-    narrow, wide = Limit(1, 1_000_000, 100), Limit(1, 1_000_000, 1_000)
+    narrow, wide = TokenBucketLimit(1, 1_000_000, 100), TokenBucketLimit(1, 1_000_000, 1_000)
     bucket = TokenBucket(b"k", narrow, HERE, NOW_US)
     for limit in (narrow, wide, narrow):
         bucket.set_limit(limit, NOW_US)
@@ -332,7 +338,7 @@ def test_a_change_of_limit_opens_a_slot_of_the_new_width_and_back_again_no_count
 
 
 def test_a_peers_base_counts_at_once_but_never_beyond_max_debt() -> None:
-    limit = Limit(1, 1_000_000, 10, max_debt=3)
+    limit = TokenBucketLimit(1, 1_000_000, 10, max_debt=3)
     bucket = TokenBucket(b"k", limit, HERE, NOW_US)
     boundary_us = limit.boundary_us(NOW_US)
     assert bucket.merge_base(Base(boundary_us, 10**15), NOW_US)
@@ -342,7 +348,7 @@ def test_a_peers_base_counts_at_once_but_never_beyond_max_debt() -> None:
 
 
 def test_a_bucket_that_still_owes_from_its_base_is_not_idle() -> None:
-    limit = Limit(1, 1_000_000, 10)
+    limit = TokenBucketLimit(1, 1_000_000, 10)
     bucket = TokenBucket(b"k", limit, HERE, NOW_US)
     bucket.merge_base(Base(limit.boundary_us(NOW_US), limit.debt_ceiling), NOW_US)
     assert not bucket.is_idle(NOW_US)
@@ -350,7 +356,7 @@ def test_a_bucket_that_still_owes_from_its_base_is_not_idle() -> None:
 
 
 def test_the_time_until_full_is_rounded_up_so_that_the_bucket_is_full_by_then() -> None:
-    bucket = TokenBucket(b"k", Limit(3, 1_000_000, 10), HERE, NOW_US)
+    bucket = TokenBucket(b"k", TokenBucketLimit(3, 1_000_000, 10), HERE, NOW_US)
     assert bucket.take(1, NOW_US)
     bucket.advance(NOW_US + bucket.full_in_us)
     assert bucket.deficit == 0
@@ -358,7 +364,7 @@ def test_the_time_until_full_is_rounded_up_so_that_the_bucket_is_full_by_then() 
 
 def test_only_slots_written_since_the_last_drain_are_reported() -> None:
     journal = Journal()
-    bucket = TokenBucket(b"k", Limit(1000, 1_000_000, 1000), HERE, NOW_US, journal)
+    bucket = TokenBucket(b"k", TokenBucketLimit(1000, 1_000_000, 1000), HERE, NOW_US, journal)
     bucket.take(1, NOW_US)
     bucket.take(1, NOW_US)
     bucket.take(1, NOW_US + 1_000_000)
@@ -373,7 +379,7 @@ def test_only_slots_written_since_the_last_drain_are_reported() -> None:
 
 
 def test_a_count_that_was_heard_before_changes_nothing() -> None:
-    limit = Limit(1, 1_000_000, 10)
+    limit = TokenBucketLimit(1, 1_000_000, 10)
     bucket = TokenBucket(b"k", limit, HERE, NOW_US)
     slot = slot_id(NOW_US, limit.exponent)
     assert bucket.merge([Entry(THERE, slot, 5)], NOW_US) == 1
@@ -382,7 +388,7 @@ def test_a_count_that_was_heard_before_changes_nothing() -> None:
 
 
 def test_a_peer_cannot_write_to_slots_that_this_replica_holds() -> None:
-    limit = Limit(1, 1_000_000, 10)
+    limit = TokenBucketLimit(1, 1_000_000, 10)
     bucket = TokenBucket(b"k", limit, HERE, NOW_US)
     slot = slot_id(NOW_US, limit.exponent)
     assert bucket.take(2, slot_end_us(slot) - 1)
@@ -394,14 +400,14 @@ def test_a_peer_cannot_write_to_slots_that_this_replica_holds() -> None:
 
 
 def test_a_peer_cannot_write_to_a_slot_of_this_replica_that_is_not_over() -> None:
-    limit = Limit(1, 1_000_000, 10)
+    limit = TokenBucketLimit(1, 1_000_000, 10)
     bucket = TokenBucket(b"k", limit, HERE, NOW_US)
     assert bucket.merge([Entry(HERE, slot_id(NOW_US, limit.exponent), 9)], NOW_US) == 0
     assert bucket.remaining == 10
 
 
 def test_entries_behind_the_horizon_or_as_far_ahead_of_it_are_ignored() -> None:
-    limit = Limit(1, 1_000_000, 10)
+    limit = TokenBucketLimit(1, 1_000_000, 10)
     bucket = TokenBucket(b"k", limit, HERE, NOW_US)
     for age_us in (2 * limit.horizon_us, -2 * limit.horizon_us):
         assert bucket.merge([Entry(THERE, slot_id(NOW_US - age_us, limit.exponent), 9)], NOW_US) == 0
@@ -409,7 +415,7 @@ def test_entries_behind_the_horizon_or_as_far_ahead_of_it_are_ignored() -> None:
 
 
 def test_an_entry_from_a_clock_slightly_ahead_counts_as_now() -> None:
-    limit = Limit(1, 1_000_000, 10)
+    limit = TokenBucketLimit(1, 1_000_000, 10)
     bucket = TokenBucket(b"k", limit, HERE, NOW_US)
     bucket.merge([Entry(THERE, slot_id(NOW_US + 500_000, limit.exponent), 4)], NOW_US)
     assert bucket.remaining == 6
@@ -419,7 +425,7 @@ def test_an_entry_from_a_clock_slightly_ahead_counts_as_now() -> None:
 
 def test_a_base_from_a_clock_that_is_seconds_ahead_is_ignored() -> None:
     """Else a slot still being written would be sealed, and its count would start again below what peers were told."""
-    limit = Limit(1, 1_000_000, 10)
+    limit = TokenBucketLimit(1, 1_000_000, 10)
     bucket = TokenBucket(b"k", limit, HERE, NOW_US)
     assert bucket.take(3, NOW_US)
     assert not bucket.merge_base(Base(NOW_US + limit.horizon_us, 5 * limit.period_us), NOW_US)
@@ -428,7 +434,7 @@ def test_a_base_from_a_clock_that_is_seconds_ahead_is_ignored() -> None:
 
 
 def test_debt_older_than_the_horizon_is_forgiven_down_to_max_debt() -> None:
-    limit = Limit(1, 1_000_000, 10, max_debt=2)
+    limit = TokenBucketLimit(1, 1_000_000, 10, max_debt=2)
     bucket = TokenBucket(b"k", limit, HERE, NOW_US)
     slot = slot_id(NOW_US, limit.exponent)
     bucket.merge([Entry(THERE, slot, 1_000)], NOW_US)
@@ -439,13 +445,13 @@ def test_debt_older_than_the_horizon_is_forgiven_down_to_max_debt() -> None:
 
 
 def test_a_local_bucket_notes_nothing_for_peers() -> None:
-    bucket = TokenBucket(b"k", Limit(1, 1_000_000, 10), HERE, NOW_US, journal=None)
+    bucket = TokenBucket(b"k", TokenBucketLimit(1, 1_000_000, 10), HERE, NOW_US, journal=None)
     assert bucket.take(1, NOW_US)
     assert bucket.drain_changed_slots() == []
 
 
 def test_slots_are_sealed_in_time_order_whoever_wrote_them() -> None:
-    limit = Limit(1, 1_000_000, 10)
+    limit = TokenBucketLimit(1, 1_000_000, 10)
     often, never = TokenBucket(b"k", limit, HERE, NOW_US), TokenBucket(b"k", limit, HERE, NOW_US)
     early, late = (slot_id(NOW_US - age_us, limit.exponent) for age_us in (9_000_000, 1_000_000))
     for bucket in (often, never):
@@ -457,7 +463,7 @@ def test_slots_are_sealed_in_time_order_whoever_wrote_them() -> None:
 
 
 def test_a_lone_bucket_with_more_refill_in_a_slot_than_capacity_is_never_forgiven_what_it_did_not_owe() -> None:
-    limit = Limit(5_000, 1_000_000, 5, max_debt=1)
+    limit = TokenBucketLimit(5_000, 1_000_000, 5, max_debt=1)
     bucket = TokenBucket(b"k", limit, HERE, NOW_US)
     for burst_at_us in (NOW_US, NOW_US + limit.horizon_us):
         level = limit.ceiling
@@ -470,7 +476,7 @@ def test_a_lone_bucket_with_more_refill_in_a_slot_than_capacity_is_never_forgive
 
 
 def test_a_busy_bucket_holds_no_more_slots_than_its_horizon_and_one_batch() -> None:
-    limit = Limit(1_000, 1_000_000, 100)
+    limit = TokenBucketLimit(1_000, 1_000_000, 100)
     bucket = TokenBucket(b"k", limit, HERE, NOW_US)
     most = (limit.horizon_us >> limit.exponent) + SEAL_BATCH_SLOTS + 2
     for step in range(3 * most):
@@ -484,7 +490,7 @@ def test_a_busy_bucket_holds_no_more_slots_than_its_horizon_and_one_batch() -> N
 def test_the_base_of_a_peer_that_heard_the_same_and_sealed_earlier_or_later_changes_no_fold(
     sealed_first: Origin,
 ) -> None:
-    limit = Limit(1, 1_000_000, 32)
+    limit = TokenBucketLimit(1, 1_000_000, 32)
     here, there = TokenBucket(b"k", limit, HERE, NOW_US), TokenBucket(b"k", limit, THERE, NOW_US)
     heard = [
         Entry(ELSEWHERE, slot_id(NOW_US - limit.horizon_us * tenths // 10, limit.exponent), 120) for tenths in (8, 3)
@@ -499,7 +505,9 @@ def test_the_base_of_a_peer_that_heard_the_same_and_sealed_earlier_or_later_chan
 
 
 @given(limits, takes, takes, st.integers(-500_000, 500_000))
-def test_a_peers_skewed_clock_costs_at_most_the_refill_of_its_skew(limit: Limit, ours, theirs, skew_us: int) -> None:
+def test_a_peers_skewed_clock_costs_at_most_the_refill_of_its_skew(
+    limit: TokenBucketLimit, ours, theirs, skew_us: int
+) -> None:
     """Beside the one slot's refill that placing by slots costs anyway; here in tokens times `period_us`."""
     limit = unforgiving(limit)
     here = TokenBucket(b"k", limit, HERE, NOW_US)
@@ -520,7 +528,7 @@ def test_a_peers_skewed_clock_costs_at_most_the_refill_of_its_skew(limit: Limit,
 @pytest.mark.parametrize("is_sealed", [False, True])
 def test_what_was_sealed_under_a_limit_with_narrower_slots_is_in_the_base_for_everybody(is_sealed: bool) -> None:
     """Found by the cluster machine: the slot began before the narrow limit's boundary, and its middle is after it."""
-    wide, narrow = Limit(1, 60_000_000, 5), Limit(10, 1_000_000, 10)
+    wide, narrow = TokenBucketLimit(1, 60_000_000, 5), TokenBucketLimit(10, 1_000_000, 10)
     here, there = TokenBucket(b"k", wide, HERE, NOW_US), TokenBucket(b"k", wide, THERE, NOW_US)
     slot_us = 1 << wide.exponent
     taken_us = (NOW_US // slot_us + 2) * slot_us - 1
@@ -545,7 +553,7 @@ def test_a_replica_that_forgot_its_own_takes_under_a_limit_with_a_shorter_horizo
     first_to_change: Origin,
 ) -> None:
     """Found by the cluster machine: it dropped the bucket as idle, while peers still counted, or again."""
-    narrow, wide = Limit(10, 1_000_000, 10), Limit(1, 60_000_000, 5)
+    narrow, wide = TokenBucketLimit(10, 1_000_000, 10), TokenBucketLimit(1, 60_000_000, 5)
     here, there = TokenBucket(b"k", narrow, HERE, NOW_US), TokenBucket(b"k", narrow, THERE, NOW_US)
     assert here.take(1, NOW_US)
     there.merge(list(here.entries()), NOW_US)
@@ -566,7 +574,7 @@ def test_a_replica_that_forgot_its_own_takes_under_a_limit_with_a_shorter_horizo
 def test_a_late_slot_narrower_than_those_of_the_limit_is_paid_with_what_was_spilled_since_its_own_middle(
     age_us: int,
 ) -> None:
-    narrow, wide = Limit(1_000, 1_000_000, 10), Limit(10, 1_000_000, 10)
+    narrow, wide = TokenBucketLimit(1_000, 1_000_000, 10), TokenBucketLimit(10, 1_000_000, 10)
     assert narrow.exponent < wide.exponent
     bucket = TokenBucket(b"k", wide, HERE, NOW_US)
     bucket.merge([Entry(THERE, slot_id(NOW_US - 1_000_000, wide.exponent), 1)], NOW_US)
@@ -575,7 +583,7 @@ def test_a_late_slot_narrower_than_those_of_the_limit_is_paid_with_what_was_spil
 
 
 def test_what_is_sealed_at_a_peers_boundary_amid_a_slot_is_cut_to_max_debt_too() -> None:
-    wide, narrow = Limit(1, 60_000_000, 5), Limit(10, 1_000_000, 10)
+    wide, narrow = TokenBucketLimit(1, 60_000_000, 5), TokenBucketLimit(10, 1_000_000, 10)
     bucket = TokenBucket(b"k", wide, HERE, NOW_US)
     slot = slot_id(NOW_US - narrow.horizon_us, wide.exponent)
     bucket.merge([Entry(THERE, slot, 1_000)], NOW_US)
@@ -588,10 +596,10 @@ def test_what_late_deltas_need_is_held_only_while_there_are_slots_of_peers() -> 
     def is_held() -> bool:
         return any(isinstance(held, SpilledRefill) for held in gc.get_referents(bucket))
 
-    limit = Limit(10, 1_000_000, 10)
+    limit = TokenBucketLimit(10, 1_000_000, 10)
     bucket = TokenBucket(b"k", limit, HERE, NOW_US)
     assert bucket.take(1, NOW_US)
-    bucket.set_limit(Limit(10, 1_000_000, 11), NOW_US)
+    bucket.set_limit(TokenBucketLimit(10, 1_000_000, 11), NOW_US)
     assert not is_held()
     bucket.merge([Entry(THERE, slot_id(NOW_US - 1_000_000, limit.exponent), 1)], NOW_US)
     assert is_held()
@@ -601,7 +609,7 @@ def test_what_late_deltas_need_is_held_only_while_there_are_slots_of_peers() -> 
 
 def test_what_is_heard_in_debt_costs_what_there_are_of_slots_however_many_replicas_take_in_each() -> None:
     """Each flush of each of them tells of the bucket that one caller goes on asking for, and it may have to be cut."""
-    limit = Limit(100, 1_000_000, 100)
+    limit = TokenBucketLimit(100, 1_000_000, 100)
     slots = [slot_id(NOW_US - age * (1 << limit.exponent), limit.exponent) for age in range(70)]
 
     def seconds_with(replicas: int) -> float:
@@ -621,7 +629,7 @@ def test_what_is_heard_in_debt_costs_what_there_are_of_slots_however_many_replic
 
 def test_a_bucket_is_not_idle_before_an_own_slot_that_was_sealed_is_over() -> None:
     """Made anew, it would count that slot from zero, below what peers have."""
-    wide, narrow = Limit(100, 3_600_000_000, 100), Limit(10, 1_000_000, 10)
+    wide, narrow = TokenBucketLimit(100, 3_600_000_000, 100), TokenBucketLimit(10, 1_000_000, 10)
     bucket = TokenBucket(b"k", wide, HERE, NOW_US)
     bucket.take(1, NOW_US)
     ends_us = slot_end_us(slot_id(NOW_US, wide.exponent))

@@ -8,24 +8,31 @@ import pytest
 from crdt.test_ledger import ENDS, LIMIT, NOW_US, make_ledger
 
 from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.crdt.gateway_ledger import GatewayLedger
 from ratelimit_sidecar.crdt.ledger import Ledger
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.crdt.payment_policy import Ticket
-from ratelimit_sidecar.crdt.regional import RegionalLedger
 from ratelimit_sidecar.crdt.shares import TOKEN, Membership, Shares
 from ratelimit_sidecar.crdt.strict import HOLD_US, TICKET_US, StrictBucket
 from ratelimit_sidecar.crdt.wait_queues import WaitQueues
-from ratelimit_sidecar.crdt.waiting import MAX_WAITING, MAX_WAITING_OF_BUCKET, SERVED_AT_ONCE, Outcome, Waiting, Wish
+from ratelimit_sidecar.crdt.waiting import (
+    MAX_WAITING,
+    MAX_WAITING_OF_BUCKET,
+    SERVED_AT_ONCE,
+    Outcome,
+    PendingDecision,
+    Wish,
+)
 
 KEY = b"k"
-SLOW = Limit(1, 60_000_000, 200)
+SLOW = TokenBucketLimit(1, 60_000_000, 200)
 """Nothing refills during a test: half of it is this node's."""
 
 
 class Node:
     """Its ledger, and its requests that wait."""
 
-    def __init__(self, node: str = "a", limit: Limit = SLOW, *, has: int = 0) -> None:
+    def __init__(self, node: str = "a", limit: TokenBucketLimit = SLOW, *, has: int = 0) -> None:
         self.now_us = NOW_US
         self.limit = limit
         self.ledger = make_ledger(node, limit=limit)
@@ -41,14 +48,14 @@ class Node:
     def queues(self) -> WaitQueues:
         return self.ledger.queues
 
-    def wait(self, hits: int = 1, decide: Callable[[int], bytes] | None = None) -> Waiting | None:
+    def wait(self, hits: int = 1, decide: Callable[[int], bytes] | None = None) -> PendingDecision | None:
         """A request; None if it must be decided at once."""
         bucket = self.bucket
         bucket.advance(self.now_us)
-        waiting = Waiting(hits, decide or (lambda now_us: b"%d" % bucket.take(hits, now_us)), 250_000)
+        waiting = PendingDecision(hits, decide or (lambda now_us: b"%d" % bucket.take(hits, now_us)), 250_000)
         return waiting if self.ledger.wait(KEY, waiting, self.now_us) else None
 
-    def wait_for(self, *hits: int) -> list[Waiting]:
+    def wait_for(self, *hits: int) -> list[PendingDecision]:
         waiting = [self.wait(each) for each in hits]
         assert all(each is not None for each in waiting)
         return [each for each in waiting if each is not None]
@@ -256,7 +263,7 @@ def test_refill_and_payments_serve_as_well() -> None:
 
 
 def test_a_tick_ends_a_bounded_number_of_waits() -> None:
-    here = Node(limit=Limit(1, 60_000_000, 2_000))
+    here = Node(limit=TokenBucketLimit(1, 60_000_000, 2_000))
     here.wait_for(*[1] * (3 * SERVED_AT_ONCE))
     here.queues.end_all()
     for left in (2, 1, 0):
@@ -266,7 +273,7 @@ def test_a_tick_ends_a_bounded_number_of_waits() -> None:
 
 
 def test_a_tick_serves_a_bounded_number_whatever_they_wait_for() -> None:
-    limit = Limit(1, 60_000_000, 2_000)
+    limit = TokenBucketLimit(1, 60_000_000, 2_000)
     ledger = make_ledger(limit=limit)
     ledger.limit_of_key = lambda _key: limit
     ledger.queues.tick(["b"], NOW_US, 10, 100)
@@ -278,7 +285,7 @@ def test_a_tick_serves_a_bounded_number_whatever_they_wait_for() -> None:
 
 
 def test_a_ticket_serves_a_bounded_number_and_what_is_left_is_kept() -> None:
-    here = Node(limit=Limit(1, 60_000_000, 2_000))
+    here = Node(limit=TokenBucketLimit(1, 60_000_000, 2_000))
     here.wait_for(*[1] * (SERVED_AT_ONCE + 10))
     wish = here.wish()
     assert here.ledger.accept(1, wish, Ticket(wish.tokens, 0), NOW_US) == 0
@@ -306,7 +313,7 @@ def test_at_a_stop_all_are_decided_and_none_waits_any_more() -> None:
 
 
 def test_no_more_wait_for_a_bucket_and_in_all_than_may() -> None:
-    limit = Limit(1, 60_000_000, 10_000)
+    limit = TokenBucketLimit(1, 60_000_000, 10_000)
     ledger = make_ledger(limit=limit)
     ledger.limit_of_key = lambda _key: limit
     ledger.queues.tick(["b"], NOW_US, 10, 100)
@@ -318,7 +325,7 @@ def test_no_more_wait_for_a_bucket_and_in_all_than_may() -> None:
 
 
 def test_requests_that_come_and_go_between_two_ticks_leave_no_more_lines_than_may_wait() -> None:
-    limit = Limit(1, 60_000_000, 10_000)
+    limit = TokenBucketLimit(1, 60_000_000, 10_000)
     ledger = make_ledger(limit=limit)
     ledger.limit_of_key = lambda _key: limit
     queues = ledger.queues
@@ -326,15 +333,15 @@ def test_requests_that_come_and_go_between_two_ticks_leave_no_more_lines_than_ma
     for number in range(2 * MAX_WAITING):
         key = b"%d" % number
         ledger.bucket(key, limit, NOW_US)
-        waiting = Waiting(1, lambda _now_us: b"", 250_000)
+        waiting = PendingDecision(1, lambda _now_us: b"", 250_000)
         if ledger.wait(key, waiting, NOW_US):
             queues.leave(waiting, Outcome.EXPIRED, NOW_US)
     assert (queues.waiting, len(queues.by_key), queues.crowded) == (0, MAX_WAITING, MAX_WAITING)
 
 
-def join(ledger: Ledger, key: bytes, limit: Limit) -> bool:
+def join(ledger: Ledger, key: bytes, limit: TokenBucketLimit) -> bool:
     ledger.bucket(key, limit, NOW_US)
-    return ledger.wait(key, Waiting(1, lambda _now_us: b"", 250_000), NOW_US)
+    return ledger.wait(key, PendingDecision(1, lambda _now_us: b"", 250_000), NOW_US)
 
 
 def test_a_decision_that_fails_costs_neither_the_others_nor_the_ticket() -> None:
@@ -355,7 +362,7 @@ def test_a_decision_that_fails_costs_neither_the_others_nor_the_ticket() -> None
 
 
 def test_of_a_limit_of_few_tokens_nobody_is_asked_while_requests_wait() -> None:
-    few = Limit(1, 12_000_000, 4)
+    few = TokenBucketLimit(1, 12_000_000, 4)
     here = Node(limit=few)
     assert not here.bucket.take(1, NOW_US)
     [waiting] = here.wait_for(1)
@@ -378,7 +385,7 @@ def test_a_payer_is_believed_no_more_than_its_home_holds_with_tickets_too() -> N
 def test_in_a_region_with_a_fabric_nothing_is_set_aside_and_no_request_waits() -> None:
     """What was granted ends sooner than a ticket might."""
     shares = Shares(Membership(1, {"a": 1, "b": 1}), "a", 0)
-    ledger = RegionalLedger(shares, Origin("a", 1), lambda _key: LIMIT)
+    ledger = GatewayLedger(shares, Origin("a", 1), lambda _key: LIMIT)
     ledger.bucket(KEY, LIMIT, NOW_US).level = 50 * TOKEN * LIMIT.period_us
     assert ledger.set_aside(1, "b", KEY, 5, NOW_US) == Ticket(0, 0)
     assert not join(ledger, KEY, LIMIT)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ratelimit_sidecar.crdt.bucket import Entry, Origin
 from ratelimit_sidecar.crdt.journal import Journal
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.crdt.token_bucket import TokenBucket
 from ratelimit_sidecar.demo.promise import OneBucket, Verdict, judge, most_within
 
@@ -17,7 +17,7 @@ REPLICAS = 3
 LAG_S = 0.3
 
 
-def simulate(limit: Limit, *, seed: int, requests: int, mean_gap_s: float, delivered: bool) -> Verdict:
+def simulate(limit: TokenBucketLimit, *, seed: int, requests: int, mean_gap_s: float, delivered: bool) -> Verdict:
     """Random requests at random replicas; what one takes reaches each other after up to `LAG_S`, or never."""
     random = Random(seed)
     replicas = [
@@ -55,12 +55,14 @@ def simulate(limit: Limit, *, seed: int, requests: int, mean_gap_s: float, deliv
     )
 
 
-limits = st.sampled_from([Limit(10, 1_000_000, 100), Limit(20, 60_000_000, 20), Limit(50, 1_000_000, 10)])
+limits = st.sampled_from(
+    [TokenBucketLimit(10, 1_000_000, 100), TokenBucketLimit(20, 60_000_000, 20), TokenBucketLimit(50, 1_000_000, 10)]
+)
 
 
 @given(limit=limits, seed=st.integers(0, 2**32), mean_gap_s=st.sampled_from([0.002, 0.01, 0.05]))
 def test_replicas_whose_deltas_arrive_within_the_lag_keep_the_promise(
-    limit: Limit, seed: int, mean_gap_s: float
+    limit: TokenBucketLimit, seed: int, mean_gap_s: float
 ) -> None:
     verdict = simulate(limit, seed=seed, requests=600, mean_gap_s=mean_gap_s, delivered=True)
 
@@ -69,7 +71,9 @@ def test_replicas_whose_deltas_arrive_within_the_lag_keep_the_promise(
 
 @pytest.mark.parametrize("seed", range(5))
 def test_replicas_that_tell_nobody_break_it(seed: int) -> None:
-    verdict = simulate(Limit(10, 1_000_000, 100), seed=seed, requests=900, mean_gap_s=1 / 90, delivered=False)
+    verdict = simulate(
+        TokenBucketLimit(10, 1_000_000, 100), seed=seed, requests=900, mean_gap_s=1 / 90, delivered=False
+    )
 
     assert verdict.broken is not None
     assert "more than" in verdict.broken
@@ -99,7 +103,7 @@ def test_failed_requests_may_have_been_charged_but_too_many_of_them_break_it() -
 
 def test_the_ceiling_grows_with_the_time_until_the_last_admission() -> None:
     verdict = judge(
-        Limit(10, 1_000_000, 100),
+        TokenBucketLimit(10, 1_000_000, 100),
         admitted=0,
         errors=0,
         one_bucket=0,
@@ -113,7 +117,7 @@ def test_the_ceiling_grows_with_the_time_until_the_last_admission() -> None:
 
 def test_nothing_sent_promises_nothing_but_the_capacity() -> None:
     verdict = judge(
-        Limit(10, 1_000_000, 100),
+        TokenBucketLimit(10, 1_000_000, 100),
         admitted=0,
         errors=0,
         one_bucket=0,

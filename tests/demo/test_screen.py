@@ -5,7 +5,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.demo.lag import LagMeter
 from ratelimit_sidecar.demo.promise import OneBucket, Verdict
 from ratelimit_sidecar.demo.screen import Screen, summary
@@ -14,7 +14,7 @@ from ratelimit_sidecar.demo.traffic import Traffic
 
 def make_screen(*, terminal: bool) -> tuple[Screen, StringIO]:
     """Two regions that were sent 3 and 2 requests, of which one bucket would admit 4."""
-    one_bucket = OneBucket(Limit(1, 60_000_000, 4))
+    one_bucket = OneBucket(TokenBucketLimit(1, 60_000_000, 4))
     traffic = Traffic([("us-east-1", ""), ("eu-west-2", "")], "/", 1, one_bucket.offer)
     for number, status in enumerate((200, 200, 429)):
         one_bucket.offer(number / 1_000)

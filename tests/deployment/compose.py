@@ -23,7 +23,7 @@ from deployment.cache import Unavailable
 from deployment.engine import ROOT, Engine, engine
 from deployment.images import BASE, build_sidecar, make_base, make_others
 from ratelimit_sidecar.config.rules_file import load_rules
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.demo.bootstrap import DOMAIN, REGIONS
 from ratelimit_sidecar.demo.lag import LagMeter
 from ratelimit_sidecar.demo.promise import MAX_ERROR_SHARE, OneBucket, Verdict, judge
@@ -278,10 +278,10 @@ async def _samples(query: str) -> int:
     return sum(sample["value"][1] != "0" for sample in answer["data"]["result"])
 
 
-def _agents_limit() -> Limit:
+def _agents_limit() -> TokenBucketLimit:
     match = load_rules([RULES]).match(DOMAIN, [("agent", "demo")])
     assert match is not None
-    assert isinstance(match.rule.limit, Limit)
+    assert isinstance(match.rule.limit, TokenBucketLimit)
     return match.rule.limit
 
 

@@ -44,7 +44,7 @@ def test_what_it_consists_of_is_listed_in_it(docker: Engine) -> None:
 
 def test_its_hot_modules_are_compiled(docker: Engine) -> None:
     code = (
-        "from ratelimit_sidecar.limiter import limiter; from ratelimit_sidecar.server.session import IS_NATIVE; "
+        "from ratelimit_sidecar.limiter import limiter; from ratelimit_sidecar.server.http2_session import IS_NATIVE; "
         "print(limiter.__file__.rpartition('.')[2], IS_NATIVE)"
     )
     assert docker.docker("run", "--rm", "--entrypoint", "python", SIDECAR, "-c", code).strip() == "so True"

@@ -25,9 +25,9 @@ from server.raw_http2 import connected
 from ratelimit_sidecar.demo.ports import HOST, RegionPorts, free_ports
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 from ratelimit_sidecar.persistence.snapshot_format import check
-from ratelimit_sidecar.replication.limits import DEFAULT_LIMITS as MESH_LIMITS
+from ratelimit_sidecar.replication.bounds import DEFAULT_BOUNDS as MESH_BOUNDS
+from ratelimit_sidecar.server.bounds import DEFAULT_BOUNDS
 from ratelimit_sidecar.server.file_limit import RESERVED
-from ratelimit_sidecar.server.limits import DEFAULT_LIMITS
 
 RULES = """
 domain: openclaw
@@ -369,7 +369,7 @@ async def test_the_soft_limit_on_descriptors_is_raised_to_what_the_bounds_on_con
     async with serving(tmp_path, shell='ulimit -Sn 256 && exec "$@"') as sidecar:
         await sidecar.is_ready()
         assert (
-            await sidecar.metric("process_max_fds") == MESH_LIMITS.connections + DEFAULT_LIMITS.connections + RESERVED
+            await sidecar.metric("process_max_fds") == MESH_BOUNDS.connections + DEFAULT_BOUNDS.connections + RESERVED
         )
 
 

@@ -86,7 +86,7 @@ class Sidecars:
         self._running[name] = await self._children.start(self._running[name].command)
 
     async def until_shared(self) -> None:
-        """Wait until every sidecar has its home share and is connected to the two others."""
+        """Wait until every sidecar has its home and is connected to the two others."""
         async with asyncio.timeout(WITHIN_S):
             for ports in self.ports.values():
                 while not await self._shares(ports):  # noqa: ASYNC110 (another process)

@@ -26,7 +26,7 @@ from redis.exceptions import ResponseError
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.draw_policy import draw_needs
 from ratelimit_sidecar.crdt.granted import COUNTED_US, GRANT_US, GrantedBucket, Needs
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.crdt.room import Room
 from ratelimit_sidecar.fabric.account_calls import CALLER_RENEWED_US, AccountCalls, Asked, members_text
 from ratelimit_sidecar.fabric.accounts import BEAT, DRAW
@@ -41,7 +41,12 @@ SECOND_US = 1_000_000
 BEAT_US = 100_000
 DRIFT_PPM = 5_000
 START_US = 1_000_000 * SECOND_US
-LIMITS = (Limit(40, SECOND_US, 60), Limit(5, 8 * SECOND_US, 5), Limit(100, SECOND_US, 100), Limit(8, SECOND_US, 30))
+LIMITS = (
+    TokenBucketLimit(40, SECOND_US, 60),
+    TokenBucketLimit(5, 8 * SECOND_US, 5),
+    TokenBucketLimit(100, SECOND_US, 100),
+    TokenBucketLimit(8, SECOND_US, 30),
+)
 
 
 class Hoarder(GrantedBucket):
@@ -72,7 +77,7 @@ class Sidecar:
     """One life of it, with a clock of its own."""
 
     def __init__(
-        self, name: str, limit: Limit, drift_ppm: int, draws: type[AccountCalls], bucket: type[GrantedBucket]
+        self, name: str, limit: TokenBucketLimit, drift_ppm: int, draws: type[AccountCalls], bucket: type[GrantedBucket]
     ) -> None:
         self.drift_ppm = drift_ppm
         self.draws = draws("east", DrawStatus(), Room(100, lambda key: key))
@@ -192,7 +197,7 @@ class AccountsMachine(RuleBasedStateMachine):
     make_server: ClassVar[Callable[[Broken], Server]] = Server
 
     @initialize(limit=st.sampled_from(LIMITS), drifts=st.tuples(*[st.sampled_from([-DRIFT_PPM, 0, DRIFT_PPM])] * 3))
-    def begin(self, limit: Limit, drifts: tuple[int, ...]) -> None:
+    def begin(self, limit: TokenBucketLimit, drifts: tuple[int, ...]) -> None:
         self.limit = limit
         self.now_us = START_US
         self.server = self.make_server(self.broken)
@@ -394,7 +399,7 @@ class AccountsMachine(RuleBasedStateMachine):
     def change_the_limit(self, name: str, part: int, is_slower: bool) -> None:
         """Sidecars change their rules at different moments; the oracle allows the greatest."""
         sidecar, whole = self.sidecars[name], self.limit
-        limit = Limit(max(1, whole.tokens // (1 + is_slower)), whole.period_us, whole.capacity // part)
+        limit = TokenBucketLimit(max(1, whole.tokens // (1 + is_slower)), whole.period_us, whole.capacity // part)
         sidecar.bucket.set_limit(limit, sidecar.now_us(self.now_us))
 
     @rule(others=st.sampled_from([0, 0, 1]))
@@ -405,7 +410,7 @@ class AccountsMachine(RuleBasedStateMachine):
 
 def test_a_call_that_was_refused_is_not_done_later() -> None:
     machine = AccountsMachine()
-    machine.begin(Limit(100, SECOND_US, 100), (0, 0, 0))
+    machine.begin(TokenBucketLimit(100, SECOND_US, 100), (0, 0, 0))
     machine.change_the_members(0)
     machine.pass_time(1_000)
     machine.call("a", 100, 200)
@@ -429,7 +434,7 @@ def test_a_call_that_was_refused_is_not_done_later() -> None:
 def test_one_that_nobody_answered_for_long_does_not_empty_the_accounts_of_the_others() -> None:
     """The server has forgotten its caller id by then, as if it had lost data."""
     machine = AccountsMachine()
-    machine.begin(Limit(100, SECOND_US, 100), (0, 0, 0))
+    machine.begin(TokenBucketLimit(100, SECOND_US, 100), (0, 0, 0))
     machine.call("a", 10, 200)
     machine.call("a", 10, 200)
     for _ in range(3):
@@ -455,7 +460,7 @@ def machine_on(running: RedisServer) -> type[AccountsMachine]:
 async def test_what_was_granted_counts_in_a_limit_that_is_lowered(tmp_path: Path) -> None:
     async with RedisServer(tmp_path) as running:
         machine = machine_on(running)()
-        machine.begin(Limit(100, SECOND_US, 100), (0, 0, 0))
+        machine.begin(TokenBucketLimit(100, SECOND_US, 100), (0, 0, 0))
         for name in "ab":
             machine.call(name, 0, 0)
         machine.call("a", 40, 40)

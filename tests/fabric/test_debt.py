@@ -12,7 +12,7 @@ from persistence.redis_server import RedisServer, needs_redis
 from persistence.test_snapshot import NOW_US, SECOND_US
 
 from ratelimit_sidecar.crdt.bucket import Entry, Origin
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.crdt.slot import slot_id
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.fabric.exchange import RegionExchange
@@ -25,7 +25,7 @@ pytestmark = needs_redis
 
 __all__ = ["server"]
 
-MINUTE = Limit(60, 60 * SECOND_US, 60)
+MINUTE = TokenBucketLimit(60, 60 * SECOND_US, 60)
 [KEYS] = FabricKeys("ratelimit").shards
 WEST = Origin("west (fabric)", 1)
 

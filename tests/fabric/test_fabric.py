@@ -20,7 +20,7 @@ from redis.exceptions import ResponseError
 
 from ratelimit_sidecar.config.sidecar_schema import FabricConfig
 from ratelimit_sidecar.crdt.bucket import Origin
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.demo.ports import HOST
 from ratelimit_sidecar.fabric import sharing
@@ -233,8 +233,8 @@ async def test_all_come_to_the_level_of_one_that_heard_everything(
             levels.append(bucket.fold(now_us))
         limit = LIMITS[name]
         # Token buckets: a base is whole microseconds, and what was given back may be placed after what it was for.
-        slack = 4 * limit.tokens * len(made) if isinstance(limit, Limit) else 0
-        if isinstance(limit, Limit) and any(what == "give" for *_, what in history):
+        slack = 4 * limit.tokens * len(made) if isinstance(limit, TokenBucketLimit) else 0
+        if isinstance(limit, TokenBucketLimit) and any(what == "give" for *_, what in history):
             return
         assert max(levels) - min(levels) <= slack, levels
 
@@ -354,7 +354,7 @@ async def test_a_gateway_has_room_for_the_buckets_of_several_sidecars_and_tells_
         in_west = await stack.enter_async_context(RedisServer(tmp_path / "west"))
         east = [Running(name, in_east, "east", sync=None, peers=[]) for name in ("east-1", "east-2")]
         gateway = Running("gateway", in_east, "east", sync=east_sync, peers=[west_sync])
-        gateway.store.room.most = most
+        gateway.store.room.max_buckets = most
         west = Running("west-1", in_west, "west", sync=west_sync, peers=[east_sync])
         for each in (*east, gateway, west):
             await stack.enter_async_context(running(each))

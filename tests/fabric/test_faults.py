@@ -16,7 +16,7 @@ from persistence.test_snapshot import LIMITS, NOW_US, SECOND_US, make_store
 from redis.asyncio import Redis
 
 from ratelimit_sidecar.crdt.bucket import Entry, Origin
-from ratelimit_sidecar.crdt.limit import AnyLimit, Limit, Window, WindowLimit
+from ratelimit_sidecar.crdt.limit import AnyLimit, TokenBucketLimit, Window, WindowLimit
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.demo.ports import HOST
 from ratelimit_sidecar.fabric import sharing
@@ -173,7 +173,7 @@ async def test_a_clock_that_is_set_back_has_nothing_count_twice_and_nothing_forg
         a.take("x", 3, name)
         for each in (a, b, a, b):
             await each.share()
-        whole = LIMITS[name].capacity if isinstance(LIMITS[name], Limit) else LIMITS[name].requests
+        whole = LIMITS[name].capacity if isinstance(LIMITS[name], TokenBucketLimit) else LIMITS[name].requests
         for each in (a, b):
             assert each.left(name) == pytest.approx([whole - 19], abs=whole / 64)
         if name != "month":
@@ -188,7 +188,7 @@ async def lives_of(server: RedisServer, *names: bytes) -> list[int]:
 
 async def test_a_bucket_that_is_used_in_turns_does_not_expire(server: RedisServer) -> None:
     limit = LIMITS["month"]
-    assert isinstance(limit, Limit)
+    assert isinstance(limit, TokenBucketLimit)
     async with sidecars(server, "a", "b") as (a, b):
         for number in range(20):
             # Debt grows, too, beyond what each of them knows at first.
@@ -306,7 +306,7 @@ async def test_a_server_that_lost_its_data_is_told_what_has_not_been_in_use_for_
         await late.share()
         [bucket] = [bucket for bucket in a.store if b"spent" in bucket.key]
         [known] = list(late.store)
-        one = LIMITS[name].period_us if isinstance(LIMITS[name], Limit) else 1
+        one = LIMITS[name].period_us if isinstance(LIMITS[name], TokenBucketLimit) else 1
         owed = bucket.fold(a.now_us)
         assert owed > 0
         assert known.fold(late.now_us) == pytest.approx(owed + one, abs=LIMITS[name].capacity * one / 64)
@@ -480,7 +480,7 @@ class Plain(Sidecar):
     ("short", "long"),
     [
         (WindowLimit(1_000, SECOND_US, Window.SLIDING), WindowLimit(10_000, 3_600 * SECOND_US, Window.SLIDING)),
-        (Limit(1_000, SECOND_US, 1_000), Limit(10_000, 3_600 * SECOND_US, 10_000)),
+        (TokenBucketLimit(1_000, SECOND_US, 1_000), TokenBucketLimit(10_000, 3_600 * SECOND_US, 10_000)),
     ],
 )
 async def test_while_two_limits_run_side_by_side_no_sum_is_lost(
@@ -499,7 +499,7 @@ async def test_while_two_limits_run_side_by_side_no_sum_is_lost(
     late.hit(1)
     await late.share()
     [known], [bucket] = list(b.store), list(late.store)
-    if isinstance(long, Limit):
+    if isinstance(long, TokenBucketLimit):
         assert known.fold(b.now_us) + long.period_us == pytest.approx(bucket.fold(late.now_us), rel=0.02)
         assert known.fold(b.now_us) > 150 * long.period_us
     else:

@@ -14,7 +14,7 @@ from persistence.redis_server import RedisServer, needs_redis
 from redis.asyncio import Redis
 
 from ratelimit_sidecar.crdt.bucket import Entry, Origin
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.fabric.fabric import Fabric
 from ratelimit_sidecar.fabric.gateway import MAX_ANSWERED
@@ -38,7 +38,7 @@ __all__ = ["server"]
 [KEYS] = FabricKeys("ratelimit").shards
 NOW_US = 1_700_000_000_000_000
 HOUR_US = 3_600_000_000
-HUNDRED = Limit(100, HOUR_US, 100)
+HUNDRED = TokenBucketLimit(100, HOUR_US, 100)
 MAX_PLACES = 4_096
 
 
@@ -53,12 +53,12 @@ class Sidecar:
         self.store = Store(Origin(name, 1), lambda _key: HUNDRED, max_buckets=10**6, rule_key=rule_of)
         self.fabric = Fabric(connect_to(server), FabricKeys("ratelimit"), self.store, lambda: self.now_us)
         # As if it was told so, without the sidecar itself being full.
-        self.store.room.most = most
+        self.store.room.max_buckets = most
 
     def take(self, key: bytes, hits: int = 1) -> None:
-        most, self.store.room.most = self.store.room.most, 10**6
+        most, self.store.room.max_buckets = self.store.room.max_buckets, 10**6
         self.store.bucket(key, HUNDRED, self.now_us).take(hits, self.now_us, always=True)
-        self.store.room.most = most
+        self.store.room.max_buckets = most
         self.fabric.note(self.store.drain_changes())
 
     async def share(self) -> None:

@@ -20,7 +20,7 @@ from redis.asyncio import Redis
 from ratelimit_sidecar.config.sidecar_schema import FabricConfig
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.granted import GrantLedger
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.crdt.shares import Membership, Shares
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.demo.ports import HOST
@@ -44,10 +44,10 @@ COMMANDS = (
 
 BUCKETS = 40
 
-STRICT = Limit(1_000, 1_000_000, 1_000)
+STRICT = TokenBucketLimit(1_000, 1_000_000, 1_000)
 
 
-def steady_us() -> int:
+def strict_us() -> int:
     return time.monotonic_ns() // 1_000
 
 
@@ -63,7 +63,7 @@ class Live:
         fabric = FabricConfig.model_validate(config)
         self.store = Store(Origin(name, 1), lambda _key: limit)
         self.regions: list[Store] = []
-        shares = Shares(Membership(1, {"east": 1}), "east", steady_us())
+        shares = Shares(Membership(1, {"east": 1}), "east", strict_us())
         self.ledger = GrantLedger(shares, self.store.origin, lambda _key: STRICT)
 
         def mesh_of(store: Store, payments: PaymentExchange | None) -> Mesh:
@@ -79,13 +79,13 @@ class Live:
             region="east",
             mesh_of=mesh_of if is_gateway else None,
             ledger=self.ledger,
-            strict_us=steady_us,
+            strict_us=strict_us,
         )
         self.taken = 0
 
     def takes_of_each_strict(self) -> bool:
         """Take one of each strict bucket; returns whether all could."""
-        at_us = steady_us()
+        at_us = strict_us()
         buckets = [self.ledger.bucket(b"key %d" % number, STRICT, at_us) for number in range(BUCKETS)]
         return sum(bucket.take(1, at_us) for bucket in buckets) == BUCKETS
 

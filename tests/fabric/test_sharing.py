@@ -6,13 +6,13 @@ from young import collected_when_told
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.journal import MAX_URGENT_OF_LIMIT
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.fabric.sharing import BATCH_BUCKETS, BUSY_US, Ask, SharedRoom, Sharing
 
 NOW_US = 1_700_000_000_000_000
-LIMIT = Limit(5, 1_000_000, 5)
-HUNDRED = Limit(100, 3_600_000_000, 100)
+LIMIT = TokenBucketLimit(5, 1_000_000, 5)
+HUNDRED = TokenBucketLimit(100, 3_600_000_000, 100)
 HERE = Origin("here", 1)
 
 
@@ -39,7 +39,7 @@ class Node:
         self.room = SharedRoom(most)
         self.sharing = Sharing(self.store, HERE, self.room)
 
-    def take(self, key: bytes, hits: int = 1, limit: Limit = HUNDRED) -> None:
+    def take(self, key: bytes, hits: int = 1, limit: TokenBucketLimit = HUNDRED) -> None:
         self.store.bucket(key, limit, NOW_US).take(hits, NOW_US)
         for bucket, slots in self.store.drain_changes():
             self.shard_of(key).note(bucket, slots, NOW_US)
@@ -47,7 +47,7 @@ class Node:
     def shard_of(self, _key: bytes) -> Sharing:
         return self.sharing
 
-    def flood(self, count: int, limit: Limit = HUNDRED, name: bytes = b"invented") -> None:
+    def flood(self, count: int, limit: TokenBucketLimit = HUNDRED, name: bytes = b"invented") -> None:
         for number in range(count):
             self.take(b"%s %d" % (name, number), limit=limit)
 
@@ -111,7 +111,7 @@ def test_a_bucket_that_gets_nearly_used_up_amid_a_tick_is_asked_about_next() -> 
 
 def test_invented_keys_of_another_limit_that_get_used_up_do_not_hold_up_one_of_this_limit() -> None:
     node = Node()
-    node.flood(2_000, limit=Limit(1, 1_000_000, 1))
+    node.flood(2_000, limit=TokenBucketLimit(1, 1_000_000, 1))
     node.take(b"honest", 100)
     assert b"honest" in node.tick()[:2]
 
@@ -193,15 +193,15 @@ def test_a_bucket_that_is_nearly_used_up_does_not_make_room_for_one_with_less_ta
 
 def test_a_bucket_that_gets_nearly_used_up_gets_room_among_invented_keys_that_are_used_up() -> None:
     node = Node(most=100)
-    node.flood(200, limit=Limit(1, 1_000_000, 1))
+    node.flood(200, limit=TokenBucketLimit(1, 1_000_000, 1))
     node.take(b"honest", 90)
-    node.flood(200, limit=Limit(1, 1_000_000, 1), name=b"further")
+    node.flood(200, limit=TokenBucketLimit(1, 1_000_000, 1), name=b"further")
     assert b"honest" in node.tick()[:2]
 
 
 def test_a_bucket_in_the_queue_of_the_nearly_used_up_ones_does_not_make_room() -> None:
     node = Node(most=100)
-    others = [Limit(1, 1_000_000 + number, 100) for number in range(2)]
+    others = [TokenBucketLimit(1, 1_000_000 + number, 100) for number in range(2)]
     node.take(b"honest", 80, limit=others[0])
     for number in range(99):
         node.take(b"busy %d" % number, 50)
@@ -217,7 +217,7 @@ def test_a_bucket_that_has_made_room_for_another_one_is_not_asked_about() -> Non
     node = Node(most=100)
     for number in range(100):
         node.take(b"nearly %d" % number, 90)
-    node.take(b"another", 90, limit=Limit(1, 1_000_000, 100))
+    node.take(b"another", 90, limit=TokenBucketLimit(1, 1_000_000, 100))
     asked = node.tick(is_last=True)
     assert b"another" in asked
     assert len(asked) == 100

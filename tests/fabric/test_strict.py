@@ -16,10 +16,10 @@ from redis.exceptions import ResponseError
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.draw_policy import MOST_PACE_US
+from ratelimit_sidecar.crdt.gateway_ledger import GatewayLedger, gateway_needs
 from ratelimit_sidecar.crdt.granted import COUNTED_US, GRANT_US, GrantedBucket, GrantLedger
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.crdt.payment_policy import SHORTAGE_US
-from ratelimit_sidecar.crdt.regional import RegionalLedger, regional_needs
 from ratelimit_sidecar.crdt.shares import Membership, Shares
 from ratelimit_sidecar.fabric.account_calls import members_text
 from ratelimit_sidecar.fabric.accounts import BEAT, KEPT_US, MOST_STEP_US
@@ -34,7 +34,7 @@ __all__ = ["server"]
 KEYS = FabricKeys("ratelimit")
 STRICT = KEYS.shards[0].of_accounts[0]
 SECOND_US = 1_000_000
-LIMIT = Limit(100, 1_000_000, 100)
+LIMIT = TokenBucketLimit(100, 1_000_000, 100)
 """Full a second after its beginning."""
 
 
@@ -92,7 +92,7 @@ class Sidecar:
         )
         self.drawing = Drawing(connect_to(server), KEYS, self.ledger, lambda: region.now_us, region="east")
 
-    def take(self, hits: int, limit: Limit = LIMIT, key: bytes = b"k") -> bool:
+    def take(self, hits: int, limit: TokenBucketLimit = LIMIT, key: bytes = b"k") -> bool:
         return self.ledger.bucket(key, limit, self._region.now_us).take(hits, self._region.now_us)
 
     async def tick(self) -> bool:
@@ -331,8 +331,8 @@ async def test_there_is_no_room_for_payments_while_there_may_be_grants_that_a_lo
     async with region_on(server) as region, server.client() as client:
         await region.sidecars["b"].draw(100)
         await client.flushall()
-        ledger = RegionalLedger(Shares(Membership(1, {"east": 1}), "east", 0), Origin("east", 1), lambda _key: LIMIT)
-        drawing = Drawing(connect_to(server), KEYS, ledger, lambda: region.now_us, region="east", needs=regional_needs)
+        ledger = GatewayLedger(Shares(Membership(1, {"east": 1}), "east", 0), Origin("east", 1), lambda _key: LIMIT)
+        drawing = Drawing(connect_to(server), KEYS, ledger, lambda: region.now_us, region="east", needs=gateway_needs)
         bucket = ledger.bucket(b"k", LIMIT, region.now_us)
         assert isinstance(bucket, GrantedBucket)
         began = asyncio.get_running_loop().time()
@@ -379,12 +379,12 @@ async def test_sidecars_go_by_the_members_that_the_gateway_names(server: RedisSe
 async def test_keys_that_are_invented_under_one_rule_leave_accounts_to_other_rules(server: RedisServer) -> None:
     async with region_on(server) as region, server.client() as client:
         a, b = region.sidecars.values()
-        b.ledger.room.most = 50
+        b.ledger.room.max_buckets = 50
         for number in range(100):
             # It has been full, and there is room again, in Redis alone.
-            a.ledger.room.most = 10**6
+            a.ledger.room.max_buckets = 10**6
             a.take(1, key=b"flooded %d" % number)
-            a.ledger.room.most = 50
+            a.ledger.room.max_buckets = 50
             await a.tick()
         assert await accounts_of(client, b"flooded") == 44
         assert not b.take(10, key=b"other 1")
@@ -395,7 +395,7 @@ async def test_keys_that_are_invented_under_one_rule_leave_accounts_to_other_rul
 async def test_accounts_that_are_dropped_make_room_for_others_of_their_rule(server: RedisServer) -> None:
     async with region_on(server) as region, server.client() as client:
         a, b = region.sidecars.values()
-        a.ledger.room.most = b.ledger.room.most = 50
+        a.ledger.room.max_buckets = b.ledger.room.max_buckets = 50
         for number in range(30):
             a.take(1, key=b"flooded %d" % number)
         await a.tick()
@@ -440,11 +440,11 @@ async def test_an_account_whose_limit_was_another_is_kept_until_that_one_would_h
     server: RedisServer,
 ) -> None:
     day_us = 86_400 * SECOND_US
-    day = Limit(1_000, day_us, 1_000)
+    day = TokenBucketLimit(1_000, day_us, 1_000)
     async with region_on(server) as region, server.client() as client:
         a = region.sidecars["a"]
 
-        async def draw_all(limit: Limit) -> int:
+        async def draw_all(limit: TokenBucketLimit) -> int:
             """All that the account has, which is spent."""
             region.ahead_us += MOST_PACE_US
             assert not a.take(limit.capacity, limit, b"n")

@@ -24,7 +24,7 @@ from ratelimit_sidecar.demo.bootstrap import EnvoySettings, envoy_bootstrap, to_
 from ratelimit_sidecar.demo.ports import HOST, free_ports
 from ratelimit_sidecar.demo.regions import find_envoy
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
-from ratelimit_sidecar.server.h2 import H2FrontEnd
+from ratelimit_sidecar.server.grpc_front_end import GrpcFrontEnd
 from ratelimit_sidecar.server.rpc import Code, Handler, Metadata, RpcError, StreamingMethod
 
 Client = Callable[[str], Awaitable[None]]
@@ -220,7 +220,7 @@ async def _record(name: str, client: Client, upstream: str) -> None:
 async def main() -> None:
     names = sys.argv[1:] or list(CLIENTS)
     FOLDER.mkdir(exist_ok=True)
-    front_end = H2FrontEnd(HANDLERS, [f"{HOST}:0"])
+    front_end = GrpcFrontEnd(HANDLERS, [f"{HOST}:0"])
     await front_end.start()
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(front_end.serve())

@@ -12,7 +12,9 @@ from fuzz.build import NATIVE
 # Before one that was compiled without sanitizers.
 ratelimit_sidecar.server.__path__.insert(0, str(NATIVE))
 
-with atheris.instrument_imports(include=["ratelimit_sidecar.server.http2", "ratelimit_sidecar.server.framing"]):
+with atheris.instrument_imports(
+    include=["ratelimit_sidecar.server.grpc_connection", "ratelimit_sidecar.server.framing"]
+):
     from fuzz import mutator, target
 
 

@@ -15,14 +15,14 @@ from typing import Final
 
 from hpack import Encoder
 
+from ratelimit_sidecar.server.bounds import DEFAULT_BOUNDS, MAX_HEADER_BYTES, MAX_MESSAGE_BYTES, MAX_STREAMED_BYTES
 from ratelimit_sidecar.server.budget import Budget
 from ratelimit_sidecar.server.events import Call, Event, StreamCancelled, StreamData, StreamStarted
 from ratelimit_sidecar.server.framing import MAX_BODY_BYTES, frame
 from ratelimit_sidecar.server.front_end_counts import FrontEndCounts
-from ratelimit_sidecar.server.http2 import Connection
-from ratelimit_sidecar.server.limits import DEFAULT_LIMITS, MAX_HEADER_BYTES, MAX_MESSAGE_BYTES, MAX_STREAMED_BYTES
+from ratelimit_sidecar.server.grpc_connection import Connection
+from ratelimit_sidecar.server.http2_session import IS_NATIVE
 from ratelimit_sidecar.server.rpc import Code, Metadata, RpcError, StreamingMethod
-from ratelimit_sidecar.server.session import IS_NATIVE
 
 HEADER_BYTES: Final = 3
 """Flags and seed, before what the client sends."""
@@ -32,7 +32,7 @@ PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 BUDGET_BYTES: Final = 2 * 1_024 * 1_024
 """So little that inputs reach it."""
 
-LIMITS: Final = replace(DEFAULT_LIMITS, streams=32, held_bytes=BUDGET_BYTES)
+LIMITS: Final = replace(DEFAULT_BOUNDS, streams=32, held_bytes=BUDGET_BYTES)
 
 FRAME_HEADER_BYTES: Final = 9
 

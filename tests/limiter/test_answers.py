@@ -137,9 +137,9 @@ def test_a_limit_in_the_request_needs_a_domain_with_rules() -> None:
 def test_buckets_of_limits_in_requests_are_known_to_peers_by_their_name() -> None:
     limiter = make_limiter(rules_of(rule("a")))
     request = with_override(make_request({"a": "1"}), 2, RateLimitUnit.HOUR)
-    [step] = limiter.plan(request).steps
-    assert step.rule is not None
-    assert limiter.store.limit_of_key(step.bucket_key) == step.rule.limit
+    [take] = limiter.plan(request).takes
+    assert take.rule is not None
+    assert limiter.store.limit_of_key(take.bucket_key) == take.rule.limit
 
 
 def test_hits_of_charge_always_count_into_debt() -> None:
@@ -429,9 +429,9 @@ def test_old_rules_and_what_was_made_of_them_are_handed_over_as_they_are() -> No
 
 def test_new_rules_hold_for_what_peers_say_too() -> None:
     limiter = make_limiter(rules_of(rule("a")))
-    [step] = limiter.plan(make_request({"a": "1"})).steps
+    [take] = limiter.plan(make_request({"a": "1"})).takes
     limiter.use_rules(rules_of(rule("b")))
-    assert limiter.store.merge(step.bucket_key, None, [Entry(Origin("there", 1), 14, 1)], NOW_US) is None
+    assert limiter.store.merge(take.bucket_key, None, [Entry(Origin("there", 1), 14, 1)], NOW_US) is None
 
 
 def test_a_rule_that_becomes_another_kind_begins_a_new_bucket() -> None:
@@ -441,7 +441,7 @@ def test_a_rule_that_becomes_another_kind_begins_a_new_bucket() -> None:
     for other in (rule("a"), rule("a", window=Window.FIXED), rule("a", consistency=Consistency.LOCAL)):
         limiter.use_rules(rules_of(other))
         assert decide(limiter, request).statuses[0].limit_remaining == 9
-        keys.add(limiter.plan(request).steps[0].bucket_key)
+        keys.add(limiter.plan(request).takes[0].bucket_key)
     assert len(keys) == 3
 
 
@@ -492,9 +492,9 @@ def test_a_strict_rule_decides_on_this_replicas_share_and_tells_peers_nothing_of
     request = make_request({"a": "1"})
     assert [decide(limiter, request).overall_code for _ in range(6)] == [OK] * 5 + [OVER_LIMIT]
     assert (len(limiter.store), len(ledger)) == (0, 1)
-    [step] = limiter.plan(request).steps
-    assert ledger.limit_of_key(step.bucket_key) == rules_of(rule("a")).match("api", [("a", "1")]).rule.limit
-    assert rules.replicated_limit_of_key(step.bucket_key) is None
+    [take] = limiter.plan(request).takes
+    assert ledger.limit_of_key(take.bucket_key) == rules_of(rule("a")).match("api", [("a", "1")]).rule.limit
+    assert rules.replicated_limit_of_key(take.bucket_key) is None
 
 
 @pytest.mark.parametrize("window", list(Window))

@@ -84,7 +84,7 @@ def test_it_is_matched_byte_for_byte() -> None:
     answers = [decide(limiter, request_of([(b"path", CAFE)])) for _ in range(3)]
     assert [answer.overall_code for answer in answers] == [OK, OK, OVER_LIMIT]
     assert answers[0].statuses[0].current_limit.requests_per_unit == 2
-    assert [step.rule.name for step in limiter.plan(request_of([(b"path", CAFE)])).steps if step.rule] == [
+    assert [take.rule.name for take in limiter.plan(request_of([(b"path", CAFE)])).takes if take.rule] == [
         "shop.path_caf*"
     ]
 
@@ -141,8 +141,8 @@ def test_long_headers_that_are_copied_into_many_descriptors_are_hashed_once(head
 
     assert min(seconds(copied) for _ in range(5)) < min(seconds(different) for _ in range(5)) / 5
     once = request_of(*[[(b"user", value)] for value in headers])
-    assert [step.bucket_key for step in limiter.plan(copied).steps] == 40 * [
-        step.bucket_key for step in limiter.plan(once).steps
+    assert [take.bucket_key for take in limiter.plan(copied).takes] == 40 * [
+        take.bucket_key for take in limiter.plan(once).takes
     ]
 
 
@@ -175,9 +175,9 @@ def test_any_bytes_are_answered_and_counted_under_a_bounded_name(
     limiter = rules_limiter()
     raw = request_of(*descriptors, domain=domain or b"d")
     assert len(decide(limiter, raw).statuses) == len(descriptors)
-    for step in limiter.plan(raw).steps:
-        if step.rule is not None:
-            assert limiter.store.limit_of_key(step.bucket_key) == step.rule.limit
+    for take in limiter.plan(raw).takes:
+        if take.rule is not None:
+            assert limiter.store.limit_of_key(take.bucket_key) == take.rule.limit
     for bucket in limiter.store:
         _, domain_text, entries = decode_bucket_key(bucket.key)
         for text in (domain_text, *[part for entry in entries for part in (entry.key, entry.value)]):

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 from limiter.requests import NOW_US, OK
 
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.limiter.explanation import MatchKind, Result, explain, readable_bucket_name
 from ratelimit_sidecar.limiter.request import InvalidRequest
 from ratelimit_sidecar.limiter.rules import JOINED, Consistency, Rule, RuleNode, Rules
 from ratelimit_sidecar.limiter.settings import AnswerSettings
 from ratelimit_sidecar.limiter.wildcard import WildcardSet
 
-TEN_A_SECOND = Limit(10, 1_000_000, 10)
+TEN_A_SECOND = TokenBucketLimit(10, 1_000_000, 10)
 
 
 @pytest.mark.parametrize("consistency", Consistency)

@@ -38,7 +38,7 @@ def test_what_a_former_pass_has_found_is_freed_a_little_at_a_time() -> None:
     rules = Rules({"d": RuleNode(key_only={key: RuleNode(Rule(f"d.{key}", limit, 5, Unit.HOUR)) for key in keys})})
     limiter = Limiter(rules, Origin("n", 1))
     for key in keys:
-        limiter.charge(limiter.quota_step("d", [(key, "v")]), 1, NOW_US)
+        limiter.charge(limiter.rlqs_take("d", [(key, "v")]), 1, NOW_US)
     fullest = FullestBuckets(limiter.store)
     passes = 0
     before = found()
@@ -57,7 +57,7 @@ def test_a_step_looks_at_few_sliding_windows_if_they_hold_slots_of_many_replicas
     limiter = Limiter(rules, Origin("n", 1))
     slots = [slot_id(NOW_US - age * (1 << limit.exponent), limit.exponent) for age in range(50)]
     for number in range(40):
-        limiter.charge(limiter.quota_step("d", [("k", f"v{number}")]), 1, NOW_US)
+        limiter.charge(limiter.rlqs_take("d", [("k", f"v{number}")]), 1, NOW_US)
     for bucket in limiter.store:
         bucket.merge([Entry(Origin("there", 1 + of), slot, 1) for of in range(20) for slot in slots], NOW_US)
     fullest = FullestBuckets(limiter.store)

@@ -7,21 +7,21 @@ import gc
 import pytest
 from limiter.requests import NOW_US, OK, OVER_LIMIT, decide, make_limiter, make_request
 
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
 from ratelimit_sidecar.envoy_api.envoy.type.v3.ratelimit_unit_pb2 import RateLimitUnit
 from ratelimit_sidecar.limiter.encoding import varint
 from ratelimit_sidecar.limiter.limiter import MAX_HITS, Limiter
-from ratelimit_sidecar.limiter.plan import Plan, Step
+from ratelimit_sidecar.limiter.plan import Plan, PlannedTake
 from ratelimit_sidecar.limiter.plan_cache import MAX_BYTES, MAX_PLAN_BYTES, PlanCache
 from ratelimit_sidecar.limiter.request import MAX_DESCRIPTORS, MAX_ENTRIES, InvalidRequest
 from ratelimit_sidecar.limiter.rules import Charge, Consistency, Rule, RuleNode, Rules, Unit
 
-PER_AGENT = Rule("api.agent", Limit(20, 60_000_000, 20), 20, Unit.MINUTE)
-VIP = Rule("api.agent_vip", Limit(1_000, 1_000_000, 1_000), 1_000, Unit.SECOND)
+PER_AGENT = Rule("api.agent", TokenBucketLimit(20, 60_000_000, 20), 20, Unit.MINUTE)
+VIP = Rule("api.agent_vip", TokenBucketLimit(1_000, 1_000_000, 1_000), 1_000, Unit.SECOND)
 STAFF = Rule("api.agent_staff", None)
-PER_PATH = Rule("api.path", Limit(5, 1_000_000, 5), 5, Unit.SECOND, Consistency.LOCAL)
-DEFAULT_RULE = Rule("default_rule", Limit(1, 1_000_000, 3), 3)
+PER_PATH = Rule("api.path", TokenBucketLimit(5, 1_000_000, 5), 5, Unit.SECOND, Consistency.LOCAL)
+DEFAULT_RULE = Rule("default_rule", TokenBucketLimit(1, 1_000_000, 3), 3)
 RULES = Rules(
     {
         "api": RuleNode(
@@ -144,7 +144,7 @@ def test_only_replicated_rules_have_buckets_that_peers_may_name() -> None:
     limiter = make_limiter(Rules(RULES.domains, DEFAULT_RULE))
     decide(limiter, make_request({"agent": "a"}, {"path": "/"}, {"colour": "red"}))
     keys = [
-        step.bucket_key for step in limiter.plan(make_request({"agent": "a"}, {"path": "/"}, {"colour": "red"})).steps
+        take.bucket_key for take in limiter.plan(make_request({"agent": "a"}, {"path": "/"}, {"colour": "red"})).takes
     ]
     assert [limiter.store.limit_of_key(key) for key in keys] == [PER_AGENT.limit, None, DEFAULT_RULE.limit]
     assert [bucket.key for bucket, _ in limiter.store.drain_changes()] == [keys[0], keys[2]]
@@ -186,8 +186,8 @@ def test_a_plan_is_made_once_for_equal_requests_unless_they_are_too_long_to_keep
     short, long = make_request({"agent": "a"}), make_request({"agent": "a" * MAX_PLAN_BYTES})
     assert limiter.plan(short) is limiter.plan(bytes(bytearray(short)))
     assert limiter.plan(long) is not limiter.plan(long)
-    assert [step.bucket_key for step in limiter.plan(long).steps] == [
-        step.bucket_key for step in limiter.plan(long).steps
+    assert [take.bucket_key for take in limiter.plan(long).takes] == [
+        take.bucket_key for take in limiter.plan(long).takes
     ]
 
 
@@ -205,7 +205,7 @@ def test_decisions_are_counted_by_rule_and_domains_that_callers_invent_are_count
 
 
 def test_a_bucket_that_takes_longer_to_refill_than_a_duration_can_say_is_answered_all_the_same() -> None:
-    slow = Rule("api.slow", Limit(1, 10**15, 2**40))
+    slow = Rule("api.slow", TokenBucketLimit(1, 10**15, 2**40))
     limiter = make_limiter(Rules({"api": RuleNode(key_only={"slow": RuleNode(slow)})}))
     [status] = decide(limiter, make_request({"slow": "1"}, hits=2**32 - 1)).statuses
     assert status.duration_until_reset.seconds == 315_576_000_000
@@ -230,7 +230,7 @@ def test_a_descriptor_without_entries_is_not_limited_and_the_others_are() -> Non
 
 
 def test_hits_beyond_what_peers_can_be_told_count_as_the_most_they_can() -> None:
-    rule = Rule("api.slow", Limit(1, 10**6, 2**40), charge=Charge.ALWAYS)
+    rule = Rule("api.slow", TokenBucketLimit(1, 10**6, 2**40), charge=Charge.ALWAYS)
     limiter = make_limiter(Rules({"api": RuleNode(key_only={"slow": RuleNode(rule)})}))
     request = RateLimitRequest.FromString(make_request({"slow": "1"}))
     request.descriptors[0].hits_addend.value = 2**64 - 1
@@ -274,8 +274,8 @@ def test_the_cycle_collector_does_not_see_plans_that_are_kept() -> None:
     seen = [kept]
     for held in seen:
         assert not gc.is_tracked(held), type(held)
-        seen += [part for part in gc.get_referents(held) if isinstance(part, Step | tuple)]
-    assert len(seen) == 1 + len([kept.steps, *kept.steps]) + len([kept.descriptors, *kept.descriptors]) + 3
+        seen += [part for part in gc.get_referents(held) if isinstance(part, PlannedTake | tuple)]
+    assert len(seen) == 1 + len([kept.takes, *kept.takes]) + len([kept.descriptors, *kept.descriptors]) + 3
 
 
 def test_plans_are_bounded_in_bytes_not_in_number() -> None:

@@ -20,11 +20,11 @@ from limiter.naive_rules import (
     values_for,
 )
 
-from ratelimit_sidecar.crdt.limit import Limit, Window, WindowLimit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit, Window, WindowLimit
 from ratelimit_sidecar.limiter.rules import MAX_REQUESTS_PER_UNIT, Consistency, Match, Rule, RuleNode, Rules, Unit
 from ratelimit_sidecar.limiter.wildcard import WildcardSet
 
-LIMIT = Limit(1, 1_000_000, 1)
+LIMIT = TokenBucketLimit(1, 1_000_000, 1)
 
 
 def compiled(file: Sequence[Descriptor], consistency: Consistency = Consistency.EVENTUAL) -> Rules:
@@ -181,4 +181,4 @@ def test_a_pattern_is_found_by_a_value_made_from_it_unless_one_before_fits_as_we
     found = WildcardSet((text, text) for text in texts).find(value)
     assert found is not None
     assert texts.index(found[0]) <= texts.index(text)
-    assert WildcardSet((text, text) for text in texts).node_of(text) == text
+    assert WildcardSet((text, text) for text in texts).item_of(text) == text

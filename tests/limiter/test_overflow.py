@@ -83,8 +83,8 @@ def test_buckets_stay_below_their_bound_and_the_alarm_is_on(flooded: Limiter) ->
 
 def test_peers_share_overflow_buckets() -> None:
     limiter = Limiter(RULES, Origin("here", 1), max_buckets=1)
-    [step] = limiter.plan(make_request({"user": "ada"})).steps
-    numbered, last = overflow_keys(step.bucket_key)
+    [take] = limiter.plan(make_request({"user": "ada"})).takes
+    numbered, last = overflow_keys(take.bucket_key)
     limit = a_day("").limit
     assert limit is not None
     for key in (numbered, last):
@@ -143,7 +143,7 @@ def test_an_honest_caller_is_admitted_again_once_the_flood_is_over_and_its_bucke
     limiter.store.sweep(later_us, len(limiter.store))
     assert limiter.store.full_since_us is None
     assert decide(limiter, request, later_us).overall_code == OK
-    assert limiter.store.get(limiter.plan(request).steps[0].bucket_key) is not None
+    assert limiter.store.get(limiter.plan(request).takes[0].bucket_key) is not None
 
 
 def test_every_replica_and_version_has_the_same_overflow_bucket_for_a_key() -> None:

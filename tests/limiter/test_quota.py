@@ -14,7 +14,7 @@ from young import collected_when_told
 
 from benchmarks.quotas.envoys import ADA, DOMAIN, SECOND_US, STEP_US, Envoy, Node, World
 from ratelimit_sidecar.crdt.bucket import Origin
-from ratelimit_sidecar.crdt.limit import Limit, Window, WindowLimit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit, Window, WindowLimit
 from ratelimit_sidecar.limiter import quota
 from ratelimit_sidecar.limiter.assignment import (
     ALLOW_ALL,
@@ -38,10 +38,10 @@ from ratelimit_sidecar.limiter.rules import Consistency, Rule, RuleNode, Rules, 
 from ratelimit_sidecar.limiter.wildcard import WildcardSet
 from ratelimit_sidecar.replication.demands import MAX_MEMBERS
 
-PER_AGENT = Rule("api.agent", Limit(300, 1_000_000, 300), 300, Unit.SECOND)
-SLOW = Rule("api.slow", Limit(10, 60_000_000, 10), 10, Unit.MINUTE)
-STRICT = Rule("api.strict", Limit(300, 1_000_000, 300), 300, Unit.SECOND, Consistency.STRICT)
-LOCAL = Rule("api.local", Limit(300, 1_000_000, 300), 300, Unit.SECOND, Consistency.LOCAL)
+PER_AGENT = Rule("api.agent", TokenBucketLimit(300, 1_000_000, 300), 300, Unit.SECOND)
+SLOW = Rule("api.slow", TokenBucketLimit(10, 60_000_000, 10), 10, Unit.MINUTE)
+STRICT = Rule("api.strict", TokenBucketLimit(300, 1_000_000, 300), 300, Unit.SECOND, Consistency.STRICT)
+LOCAL = Rule("api.local", TokenBucketLimit(300, 1_000_000, 300), 300, Unit.SECOND, Consistency.LOCAL)
 WINDOW = Rule("api.window", WindowLimit(6_000, 60_000_000, Window.FIXED), 6_000, Unit.MINUTE)
 PER_KEY = {
     "agent": RuleNode(PER_AGENT),
@@ -363,7 +363,7 @@ def calls(node: Node, now_us: int, count: int) -> int:
     return sum(decide(node.limiter, asked, now_us).overall_code == OK for _ in range(count))
 
 
-def test_of_a_strict_limit_only_the_home_share_is_assigned_and_the_bucket_does_without_it() -> None:
+def test_of_a_strict_limit_only_the_home_is_assigned_and_the_bucket_does_without_it() -> None:
     world = World(RULES)
     node = world.node()
     world.envoy(node, 400, STRICT_PAIRS)
@@ -378,7 +378,7 @@ def test_of_a_strict_limit_only_the_home_share_is_assigned_and_the_bucket_does_w
 @given(st.integers(0, 2**32))
 @example(1_434_438)
 @pytest.mark.parametrize("bursts", [(), (90, 300)], ids=["one limit", "reloads of the burst"])
-def test_of_a_strict_limit_quotas_and_calls_together_never_admit_more_than_the_home_share(
+def test_of_a_strict_limit_quotas_and_calls_together_never_admit_more_than_the_home(
     bursts: tuple[int, ...], seed: int
 ) -> None:
     world = World(RULES)
@@ -413,7 +413,7 @@ def test_of_a_strict_limit_quotas_and_calls_together_never_admit_more_than_the_h
             envoy.demand[STRICT_PAIRS] = chance.choice(demands)
             envoy.is_deaf = chance.random() < 0.3
         if bursts:
-            reloaded = replace(STRICT, limit=Limit(300, 1_000_000, chance.choice(bursts)))
+            reloaded = replace(STRICT, limit=TokenBucketLimit(300, 1_000_000, chance.choice(bursts)))
             node.limiter.use_rules(Rules({"api": RuleNode(key_only={"strict": RuleNode(reloaded)})}))
         before = calls
         history.append(sum(world.run(5)) + calls - before)
@@ -431,12 +431,17 @@ def held_by(envoy: Envoy) -> float:
 # What Envoy does with an assignment, and so how it must be.
 
 LIMITS = st.builds(
-    Limit, st.integers(1, 2**40), st.sampled_from((1, 1_000_000, 60_000_000, 86_400_000_000)), st.integers(0, 2**40)
+    TokenBucketLimit,
+    st.integers(1, 2**40),
+    st.sampled_from((1, 1_000_000, 60_000_000, 86_400_000_000)),
+    st.integers(0, 2**40),
 )
 
 
 @given(LIMITS, st.lists(st.integers(0, 2**70), min_size=1, max_size=20))
-def test_shares_of_a_limit_are_token_buckets_that_together_are_no_more_than_it(limit: Limit, shares: list[int]) -> None:
+def test_shares_of_a_limit_are_token_buckets_that_together_are_no_more_than_it(
+    limit: TokenBucketLimit, shares: list[int]
+) -> None:
     base = share_base_of(limit)
     whole = max(1, sum(shares))
     assigned = [assign(base, base.rate * share // whole) for share in shares]
@@ -450,7 +455,7 @@ def test_shares_of_a_limit_are_token_buckets_that_together_are_no_more_than_it(l
 
 
 @given(LIMITS, st.lists(st.integers(0, 1_000), min_size=2, max_size=20))
-def test_shares_of_a_limit_never_differ_in_nothing_but_the_interval(limit: Limit, shares: list[int]) -> None:
+def test_shares_of_a_limit_never_differ_in_nothing_but_the_interval(limit: TokenBucketLimit, shares: list[int]) -> None:
     base = share_base_of(limit)
     assigned = {assign(base, base.rate * share // 1_000) for share in shares}
     buckets = {told[:3] for told in assigned if told.max_tokens}
@@ -458,8 +463,8 @@ def test_shares_of_a_limit_never_differ_in_nothing_but_the_interval(limit: Limit
 
 
 def test_a_limit_that_changed_is_told_such_that_envoy_notices_it() -> None:
-    before = assign(share_base_of(Limit(500, 1_000_000, 10)), 500 * TOKEN)
-    now = assign(share_base_of(Limit(250, 1_000_000, 10)), 250 * TOKEN)
+    before = assign(share_base_of(TokenBucketLimit(500, 1_000_000, 10)), 500 * TOKEN)
+    now = assign(share_base_of(TokenBucketLimit(250, 1_000_000, 10)), 250 * TOKEN)
     # Envoy would take the one for the other.
     assert before[:2] == now[:2]
     told = noticeable(before, now)
@@ -470,7 +475,7 @@ def test_a_limit_that_changed_is_told_such_that_envoy_notices_it() -> None:
 
 
 def test_all_of_an_odd_rate_is_assigned() -> None:
-    told = assign(share_base_of(Limit(19, 10_000_000, 2)), 19 * TOKEN // 10)
+    told = assign(share_base_of(TokenBucketLimit(19, 10_000_000, 2)), 19 * TOKEN // 10)
     assert told.tokens_per_fill / told.fill_interval_s == pytest.approx(1.9, rel=0.002)
 
 
@@ -735,7 +740,7 @@ def test_buckets_that_come_and_go_are_not_all_young_to_the_cycle_collector() -> 
     assert sum(isinstance(found, EnvoyBucket) for found in young) < 100
 
 
-LARGE = Rule("api.plan", Limit(1_000_000, 1_000_000, 1_000_000), 1_000_000, Unit.SECOND)
+LARGE = Rule("api.plan", TokenBucketLimit(1_000_000, 1_000_000, 1_000_000), 1_000_000, Unit.SECOND)
 SHARED = Rules(
     {
         "api": RuleNode(
@@ -911,7 +916,7 @@ def test_other_rules_are_in_force_with_the_next_report() -> None:
     server = Server()
     stream = server.connect()
     server.report(stream, usage())
-    halved = Rule("api.agent", Limit(150, 1_000_000, 150), 150, Unit.SECOND)
+    halved = Rule("api.agent", TokenBucketLimit(150, 1_000_000, 150), 150, Unit.SECOND)
     server.node.limiter.use_rules(Rules({"api": RuleNode(key_only={"agent": RuleNode(halved)})}))
     (assignment,) = told(server.report(stream, usage(elapsed_s=5), after_s=5))
     assert assignment is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from limiter.requests import NOW_US, OVER_LIMIT, decide, make_limiter, make_request
 
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest
 from ratelimit_sidecar.envoy_api.envoy.type.v3.ratelimit_unit_pb2 import RateLimitUnit
 from ratelimit_sidecar.limiter.replay import Replay
@@ -13,7 +13,7 @@ from ratelimit_sidecar.limiter.rules import Consistency, Rule, RuleNode, Rules
 from ratelimit_sidecar.limiter.settings import AnswerSettings
 from ratelimit_sidecar.limiter.wildcard import WildcardSet
 
-ONE_A_SECOND = Limit(1, 1_000_000, 1)
+ONE_A_SECOND = TokenBucketLimit(1, 1_000_000, 1)
 SECOND_US = 1_000_000
 
 
@@ -25,7 +25,7 @@ def user(name: object) -> RateLimitRequest:
     return request({"user": str(name)})
 
 
-def rules_of_users(*, shadow_mode: bool = False, limit: Limit = ONE_A_SECOND) -> Rules:
+def rules_of_users(*, shadow_mode: bool = False, limit: TokenBucketLimit = ONE_A_SECOND) -> Rules:
     return Rules({"api": RuleNode(key_only={"user": RuleNode(Rule("api.user", limit, shadow_mode=shadow_mode))})})
 
 
@@ -40,7 +40,7 @@ def test_it_denies_what_a_limiter_denies() -> None:
 
 @pytest.mark.parametrize("kind", ["exact", "wildcard", "key", "below"])
 def test_rules_in_shadow_mode_are_enforced_wherever_they_stand(kind: str) -> None:
-    node = RuleNode(Rule("api.rule", Limit(1, 1, 0), shadow_mode=True))
+    node = RuleNode(Rule("api.rule", TokenBucketLimit(1, 1, 0), shadow_mode=True))
     root = {
         "exact": RuleNode(exact={("user", "eve"): node}),
         "wildcard": RuleNode(wildcards={"user": WildcardSet([("e*", node)])}),
@@ -57,7 +57,10 @@ def test_global_shadow_mode_is_not_kept_and_quota_mode_is() -> None:
     rules = Rules(
         {
             "api": RuleNode(
-                key_only={"a": RuleNode(Rule("api.a", Limit(1, 1, 0))), "b": RuleNode(Rule("api.b", ONE_A_SECOND))}
+                key_only={
+                    "a": RuleNode(Rule("api.a", TokenBucketLimit(1, 1, 0))),
+                    "b": RuleNode(Rule("api.b", ONE_A_SECOND)),
+                }
             )
         }
     )
@@ -83,14 +86,14 @@ def test_buckets_that_are_full_again_are_dropped() -> None:
 
 
 def test_buckets_in_use_are_kept() -> None:
-    replay = Replay(rules_of_users(limit=Limit(1, 3_600 * SECOND_US, 1)), AnswerSettings())
+    replay = Replay(rules_of_users(limit=TokenBucketLimit(1, 3_600 * SECOND_US, 1)), AnswerSettings())
     for number in range(5_000):
         replay.ask(user(number), NOW_US)
     assert all(replay.ask(user(number), NOW_US + SECOND_US) for number in range(5_000))
 
 
 def test_of_too_many_denied_descriptors_those_denied_most_are_kept_and_the_rest_counted() -> None:
-    replay = Replay(rules_of_users(limit=Limit(1, 1, 0)), AnswerSettings(), max_denied_descriptors=10)
+    replay = Replay(rules_of_users(limit=TokenBucketLimit(1, 1, 0)), AnswerSettings(), max_denied_descriptors=10)
     for _ in range(3):
         replay.ask(user("often"), NOW_US)
     for number in range(100):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.limiter.key import (
     BUCKET_TYPES,
     DEFAULT_RULE,
@@ -24,7 +24,7 @@ from ratelimit_sidecar.limiter.key import (
 )
 from ratelimit_sidecar.limiter.rules import Consistency, Rule, RuleNode, Rules
 
-LIMIT = Limit(1, 1_000_000, 1)
+LIMIT = TokenBucketLimit(1, 1_000_000, 1)
 
 texts = st.text(max_size=5) | st.text(min_size=127, max_size=130)
 kinds = st.sampled_from([EXACT, KEY_ONLY, DEFAULT_RULE, WILDCARD_VALUE, PATTERN, OVERRIDE, OVERRIDE_LIMIT])
@@ -113,7 +113,7 @@ def test_the_digest_is_of_the_shared_rules_in_any_order() -> None:
     assert rules.digest == same.digest != 0
     others = [
         Rules({"api": RuleNode(key_only={"a": one})}),
-        Rules({"api": RuleNode(key_only={"a": one, "b": RuleNode(Rule("two", Limit(2, 1_000_000, 1)))})}),
+        Rules({"api": RuleNode(key_only={"a": one, "b": RuleNode(Rule("two", TokenBucketLimit(2, 1_000_000, 1)))})}),
         Rules({"api": RuleNode(key_only={"a": one, "b": make_rule("two", Consistency.STRICT)})}),
         Rules({"api": RuleNode(key_only={"a": one, "b": two})}, override_consistency=Consistency.LOCAL),
     ]

@@ -9,19 +9,19 @@ from limiter.requests import NOW_US, OK, OVER_LIMIT, make_request
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.crdt.payment_policy import Ticket
 from ratelimit_sidecar.crdt.shares import TOKEN, Membership, Shares
-from ratelimit_sidecar.crdt.waiting import Outcome, Waiting, Wish
+from ratelimit_sidecar.crdt.waiting import Outcome, PendingDecision, Wish
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 from ratelimit_sidecar.limiter.limiter import MAX_WAITING_BYTES, Limiter
 from ratelimit_sidecar.limiter.rules import Charge, Consistency, Rule, RuleNode, Rules, Unit
 from ratelimit_sidecar.limiter.settings import AnswerSettings
 
-PLAN = Rule("api.plan", Limit(1, 60_000_000, 10), 1, Unit.MINUTE, Consistency.STRICT, wait_us=250_000)
+PLAN = Rule("api.plan", TokenBucketLimit(1, 60_000_000, 10), 1, Unit.MINUTE, Consistency.STRICT, wait_us=250_000)
 TEAM = replace(PLAN, name="api.team")
 HURRIED = replace(PLAN, name="api.hurried", wait_us=0)
-USER = Rule("api.user", Limit(1, 60_000_000, 2), 1, Unit.MINUTE)
+USER = Rule("api.user", TokenBucketLimit(1, 60_000_000, 2), 1, Unit.MINUTE)
 REQUEST = make_request({"plan": "gold"})
 
 
@@ -43,9 +43,9 @@ class Node:
         for descriptor in descriptors:
             assert code_of(self.limiter.decide(make_request(descriptor, hits=5), NOW_US)) == OK
 
-    def wait(self, request: bytes = REQUEST) -> Waiting:
+    def wait(self, request: bytes = REQUEST) -> PendingDecision:
         waiting = self.limiter.decide_or_wait(request, NOW_US)
-        assert isinstance(waiting, Waiting)
+        assert isinstance(waiting, PendingDecision)
         return waiting
 
     def code_now(self, request: bytes) -> int:

@@ -15,7 +15,7 @@ from persistence.test_snapshot import AFTER, LIMITS, NOW_US, RULES, SECOND_US, m
 from redis.asyncio import Redis
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
-from ratelimit_sidecar.crdt.limit import Limit, Window, WindowLimit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit, Window, WindowLimit
 from ratelimit_sidecar.crdt.slot import slot_id, slot_start_us
 from ratelimit_sidecar.crdt.store import RESTORED_ENTRIES, Store
 from ratelimit_sidecar.crdt.token_bucket import TokenBucket
@@ -100,7 +100,7 @@ async def test_what_several_write_is_joined_as_the_store_joins_it(
     now_us += pause * SECOND_US // 10
     expected = bucket_of(together, name, now_us)
     found = await restored(redis, name, now_us)
-    if isinstance(expected.limit, Limit) and any(gives_back for *_, gives_back in history):
+    if isinstance(expected.limit, TokenBucketLimit) and any(gives_back for *_, gives_back in history):
         # The base of one who has not heard of what another gave back is the larger one.
         assert found.fold(now_us) >= expected.fold(now_us) - rounding(name)
     else:
@@ -124,7 +124,7 @@ async def test_what_was_given_back_is_kept(redis: Redis, name: str) -> None:
 def rounding(name: str) -> int:
     """Bases are whole microseconds: each of so many writes may have added what is refilled in one."""
     limit = LIMITS[name]
-    return 50 * limit.tokens if isinstance(limit, Limit) else 0
+    return 50 * limit.tokens if isinstance(limit, TokenBucketLimit) else 0
 
 
 async def test_two_that_write_at_the_same_time_lose_nothing(redis: Redis) -> None:
@@ -307,7 +307,7 @@ async def test_a_bucket_is_ahead_only_of_a_clock_that_is_behind_its_writers(
 
 
 async def test_a_base_under_another_limit_keeps_its_tokens(redis: Redis) -> None:
-    slow, fast = Limit(1, SECOND_US, 100), Limit(50, SECOND_US, 100)
+    slow, fast = TokenBucketLimit(1, SECOND_US, 100), TokenBucketLimit(50, SECOND_US, 100)
     store = make_store(WRITERS[0])
     bucket = store.bucket(key_of("tokens"), slow, NOW_US)
     for second in range(400):
@@ -334,7 +334,7 @@ async def test_what_is_sealed_while_a_bucket_of_many_nodes_is_told_in_steps_coun
     redis: Redis, later_us: int
 ) -> None:
     # What is taken at once is debt for longer than slots are kept.
-    limit = Limit(100, SECOND_US, 2_000)
+    limit = TokenBucketLimit(100, SECOND_US, 2_000)
     store = Store(WRITERS[0], lambda _key: limit)
     nodes = [Origin(f"node {number}", 1) for number in range(250)]
     store.journal.peers = {*nodes}

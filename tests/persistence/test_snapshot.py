@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ratelimit_sidecar.crdt.bucket import Entry, Origin
-from ratelimit_sidecar.crdt.limit import Limit, Window, WindowLimit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit, Window, WindowLimit
 from ratelimit_sidecar.crdt.slot import slot_id
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.limiter.key import rule_key
@@ -37,11 +37,11 @@ NOW_US = 1_790_000_000_000_000
 SECOND_US = 1_000_000
 BEFORE, AFTER, ELSEWHERE = Origin("here", 1), Origin("here", 2), Origin("there", 9)
 LIMITS = {
-    "tokens": Limit(10, SECOND_US, 40),
-    "month": Limit(1_000, 30 * 86_400 * SECOND_US, 1_000),
+    "tokens": TokenBucketLimit(10, SECOND_US, 40),
+    "month": TokenBucketLimit(1_000, 30 * 86_400 * SECOND_US, 1_000),
     "fixed": WindowLimit(100, 3_600 * SECOND_US, Window.FIXED),
     "sliding": WindowLimit(100, 60 * SECOND_US, Window.SLIDING),
-    "alone": Limit(10, SECOND_US, 40),
+    "alone": TokenBucketLimit(10, SECOND_US, 40),
 }
 RULES = Rules(
     {
@@ -125,14 +125,14 @@ def test_a_store_restored_holds_what_the_one_before_held(
             assert bucket.fold(then_us) == 0
         else:
             assert restored.fold(then_us) == bucket.fold(then_us)
-            assert (restored.journal is None) == (bucket.journal is None)
+            assert restored.is_replicated == bucket.is_replicated
     assert after.drain_changes() == [], "what an earlier life took is not told again as this one's"
 
 
 @pytest.mark.parametrize(("owed", "pause_s"), [(0, 10), (0, 50), (180, 0), (180, 65), (180, 70), (180, 150)])
 def test_however_long_nothing_ran_debt_is_repaid_and_refill_comes_once(owed: int, pause_s: int) -> None:
     """All of its slots are then older than the horizon, and in nobody's base."""
-    minute = Limit(60, 60 * SECOND_US, 60)
+    minute = TokenBucketLimit(60, 60 * SECOND_US, 60)
     before, after = (Store(origin, lambda _key: minute) for origin in (BEFORE, AFTER))
     bucket = before.bucket(b"k", minute, NOW_US - 300 * SECOND_US)
     bucket.take(60, NOW_US - 300 * SECOND_US)

@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from observed import NOW_US
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Origin
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.limiter.key import FIXED_WINDOW, KEY_ONLY, KeyEntry, encode_bucket_key, rule_key
 from ratelimit_sidecar.persistence.write_queue import MAX_WAITING_SLOTS, Slots, WriteQueue
 
-LIMIT = Limit(tokens=100, period_us=3_600_000_000, capacity=100)
+LIMIT = TokenBucketLimit(tokens=100, period_us=3_600_000_000, capacity=100)
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.crdt.shares import OLD_LOAN_US, Membership, Shares, ShownMembership
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.limiter.rules import Consistency, Match, Rules
@@ -18,14 +18,14 @@ from simulation.workload import rules_of
 NOW_US = 1_790_000_000_000_000
 SECOND_US = 1_000_000
 
-PER_USER = Limit(10, SECOND_US, 1_000)
+PER_USER = TokenBucketLimit(10, SECOND_US, 1_000)
 """Slots of 2 s, a horizon of 134 s: nothing is sealed during a test."""
 
-PER_TEAM = Limit(1_000, SECOND_US, 200)
+PER_TEAM = TokenBucketLimit(1_000, SECOND_US, 200)
 """The narrowest slots and the shortest horizon, 10 s."""
 
 
-PER_PLAN = Limit(100, SECOND_US, 100)
+PER_PLAN = TokenBucketLimit(100, SECOND_US, 100)
 
 PAIR = Membership(1, {"a": 1, "b": 1})
 
@@ -33,7 +33,9 @@ SIT_OUT_US = OLD_LOAN_US
 """How long after its start a replica has no home, when it hears of nobody."""
 
 
-def rules_with(*, user: Limit = PER_USER, team: Limit = PER_TEAM, plan: Limit = PER_PLAN) -> Rules:
+def rules_with(
+    *, user: TokenBucketLimit = PER_USER, team: TokenBucketLimit = PER_TEAM, plan: TokenBucketLimit = PER_PLAN
+) -> Rules:
     """A limit for each value of `user` and of `team`, a strict one of `plan`, and for each `pod` one of its own."""
     return rules_of({"user": user, "team": team, "plan": plan, "pod": PER_USER})
 

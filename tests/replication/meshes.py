@@ -16,8 +16,8 @@ from replication.builders import bucket_of, frame, node, store_of, take
 from ratelimit_sidecar.crdt.bucket import Bucket
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.mesh_status import PeerStatus
+from ratelimit_sidecar.replication.bounds import DEFAULT_BOUNDS, MeshBounds
 from ratelimit_sidecar.replication.dialler import RedialWait, redial_seconds
-from ratelimit_sidecar.replication.limits import DEFAULT_LIMITS, MeshLimits
 from ratelimit_sidecar.replication.mesh import Mesh
 from ratelimit_sidecar.replication.payments import PaymentExchange
 from ratelimit_sidecar.replication.peer import BatchTracer
@@ -103,7 +103,7 @@ async def sidecar(
     certificate: NodeCertificate | None = None,
     resolver: Resolver | None = None,
     supervisor: Supervisor | None = None,
-    limits: MeshLimits = DEFAULT_LIMITS,
+    bounds: MeshBounds = DEFAULT_BOUNDS,
     redial: RedialWait = redial_seconds,
 ) -> AsyncIterator[Sidecar]:
     local = node(name, incarnation)
@@ -114,7 +114,7 @@ async def sidecar(
         version="0",
         store=own,
         now_us=clock,
-        steady_us=steady,
+        strict_us=steady,
         peers=peers,
         listen=listen,
         tracer=tracer,
@@ -123,7 +123,7 @@ async def sidecar(
         certificate=certificate,
         resolver=resolver,
         supervisor=supervisor,
-        limits=limits,
+        bounds=bounds,
         redial=redial,
     )
     await own_mesh.start()

@@ -28,7 +28,7 @@ from replication.builders import (
     store_of,
 )
 
-from ratelimit_sidecar.crdt.waiting import Waiting
+from ratelimit_sidecar.crdt.waiting import PendingDecision
 from ratelimit_sidecar.replication.payments import PaymentExchange
 from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.stream import Stream
@@ -56,17 +56,17 @@ class Party(Replicator):
         bucket_of(self.store, value, self.clock_us).take(hits, self.clock_us, always=True)
 
     def want(self, hits: int) -> None:
-        """Ask more of a strict limit than the home share holds."""
+        """Ask more of a strict limit than the home holds."""
         bucket = self.ledger.bucket(key_of("gold", "plan"), PER_PLAN, self.clock_us)
         bucket.take(bucket.remaining, self.clock_us)
         bucket.take(hits, self.clock_us)
 
     def wait(self, hits: int) -> None:
-        """Let a request wait for more of it than the home share holds."""
+        """Let a request wait for more of it than the home holds."""
         key = key_of("gold", "plan")
         bucket = self.ledger.bucket(key, PER_PLAN, self.clock_us)
         bucket.take(bucket.remaining, self.clock_us)
-        assert self.ledger.wait(key, Waiting(hits, lambda _now_us: b"", 250_000), self.clock_us)
+        assert self.ledger.wait(key, PendingDecision(hits, lambda _now_us: b"", 250_000), self.clock_us)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from replication.builders import (
 )
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
-from ratelimit_sidecar.crdt.limit import Limit, Window, WindowLimit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit, Window, WindowLimit
 from ratelimit_sidecar.crdt.slot import REFUND, slot_id
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.limiter.key import hash64
@@ -39,8 +39,8 @@ from ratelimit_sidecar.replication.rounds import (
     ORIGIN_WORK,
     PARTITION_RANGES,
     PARTITIONS,
-    PIECE_WORK,
     RANGES,
+    ROUND_PIECE_WORK,
     SETTLE_US,
     STEP_WORK,
     STEPS,
@@ -92,7 +92,7 @@ def assert_all_hold(cluster: Cluster, tokens: int, value: str = "ann") -> None:
 
 
 @pytest.mark.parametrize("limit", ALGORITHMS.values(), ids=list(ALGORITHMS))
-def test_a_lost_update_is_found_and_nothing_else_is_moved(limit: Limit | WindowLimit) -> None:
+def test_a_lost_update_is_found_and_nothing_else_is_moved(limit: TokenBucketLimit | WindowLimit) -> None:
     cluster = Cluster(1, "abc", rules_with(user=limit))
     # What lies in a fixed window before is nothing to anybody.
     cluster.run(60 * SECOND_US - cluster.now_us % (60 * SECOND_US))
@@ -121,7 +121,7 @@ def test_what_was_forgotten_by_all_but_one_comes_back_from_it() -> None:
 
 
 def test_debt_of_long_ago_is_compared_by_what_it_amounts_to() -> None:
-    limit = Limit(1, SECOND_US, 50)
+    limit = TokenBucketLimit(1, SECOND_US, 50)
     cluster = Cluster(3, "ab", rules_with(user=limit))
     cluster.run_until_settled()
     cluster["a"].bucket("ann").take(200, cluster["a"].now_us, always=True)
@@ -152,7 +152,7 @@ def test_a_rule_that_comes_later_learns_what_was_taken_before() -> None:
 @pytest.mark.parametrize("is_in_snapshot", [False, True])
 def test_what_peers_told_while_there_was_no_rule_is_asked_for_when_there_is_one(*, is_in_snapshot: bool) -> None:
     """Its slot is not over for hours: it is not compared, and nobody tells of it again by itself."""
-    cluster = Cluster(4, "abc", rules_with(user=Limit(1_000, 30 * 86_400 * SECOND_US, 1_000)))
+    cluster = Cluster(4, "abc", rules_with(user=TokenBucketLimit(1_000, 30 * 86_400 * SECOND_US, 1_000)))
     a, b = cluster["a"], cluster["b"]
     b.store.limit_of_key = ELSEWHERE.replicated_limit_of_key
     b.replicator.use_rules(ELSEWHERE.digest)
@@ -172,7 +172,7 @@ def test_what_peers_told_while_there_was_no_rule_is_asked_for_when_there_is_one(
 
 
 def test_other_rules_that_lack_it_too_change_nothing_in_what_is_asked_for() -> None:
-    cluster = Cluster(4, "abc", rules_with(user=Limit(1_000, 3_600 * SECOND_US, 1_000)))
+    cluster = Cluster(4, "abc", rules_with(user=TokenBucketLimit(1_000, 3_600 * SECOND_US, 1_000)))
     a, b = cluster["a"], cluster["b"]
     b.store.limit_of_key = ELSEWHERE.replicated_limit_of_key
     b.replicator.use_rules(ELSEWHERE.digest)
@@ -281,7 +281,7 @@ ENDS = {
 """The last two bytes of a key, by how they change its range."""
 
 
-def store_with(keys: Iterable[bytes], at_us: int, limit: Limit = PER_USER) -> Store:
+def store_with(keys: Iterable[bytes], at_us: int, limit: TokenBucketLimit = PER_USER) -> Store:
     """A take from each, settled at `at_us`."""
     store = store_of(node("a"))
     took_us = at_us - SETTLE_US - 2 * (1 << limit.exponent)
@@ -297,7 +297,7 @@ def sums_of(store: Store, at_us: int) -> Round:
 
 def test_sums_do_not_depend_on_how_far_a_replica_has_sealed_nor_on_what_is_under_way() -> None:
     at_us = NOW_US // EVERY_US * EVERY_US + 100 * EVERY_US
-    limit = Limit(100, SECOND_US, 100)
+    limit = TokenBucketLimit(100, SECOND_US, 100)
     rules = rules_with(user=limit)
     stores = [store_of(node(name), rules) for name in "ab"]
     events = [(at_us - SETTLE_US - age_us, 7) for age_us in range(200_000, limit.horizon_us * 2, 70_000)]
@@ -422,7 +422,7 @@ def test_a_step_is_taken_in_pieces() -> None:
         done = summing.step(at_us)
     assert done is None
     a_bucket = LOOK_WORK + SUM_WORK + ORIGIN_WORK + ENTRY_WORK
-    a_piece = -(-PIECE_WORK // a_bucket) * a_bucket
+    a_piece = -(-ROUND_PIECE_WORK // a_bucket) * a_bucket
     assert pieces == -(-(STEP_WORK + LOOK_WORK * 1_000 // STEPS) // a_piece) > 5
     # The machine sleeps in the middle of the next one.
     summing.step(at_us + 20_000)
@@ -457,8 +457,8 @@ def test_a_bucket_that_250_nodes_take_from_is_summed_up_in_pieces() -> None:
         done_before = summing.work.done
         done = summing.step(FIRST_US)
     # The work of one origin may come on top, and that of listing them.
-    assert longest <= PIECE_WORK + SUM_WORK + ORIGIN_WORK * len(CROWD)
-    assert pieces == pytest.approx(ENTRY_WORK * bucket.slots / PIECE_WORK, rel=0.3)
+    assert longest <= ROUND_PIECE_WORK + SUM_WORK + ORIGIN_WORK * len(CROWD)
+    assert pieces == pytest.approx(ENTRY_WORK * bucket.slots / ROUND_PIECE_WORK, rel=0.3)
     assert done.sums[range_of(bucket.key)] == state_of(summing, bucket, FIRST_US)
 
 
@@ -652,7 +652,7 @@ def test_a_range_of_many_buckets_is_compared_in_pieces(differ: bool) -> None:
     found, pieces = hear(exchange, peer, pb.Summary(at_us=own.at_us, range=7, keys=buckets.hashes, states=states))
     assert found == (1_000 if differ else 0)
     work = 1_000 * (LOOK_WORK + (SUM_WORK + ORIGIN_WORK + ENTRY_WORK + TELL_WORK if differ else 0))
-    assert pieces == pytest.approx(work / PIECE_WORK + 1, rel=0.1)
+    assert pieces == pytest.approx(work / ROUND_PIECE_WORK + 1, rel=0.1)
     if differ:
         # The peer asks for the same ones.
         told.clear()
@@ -661,7 +661,7 @@ def test_a_range_of_many_buckets_is_compared_in_pieces(differ: bool) -> None:
         assert sorted(frame.pull.keys) == sorted(buckets.hashes)
         found, pieces = hear(exchange, peer, frame.pull)
         assert (found, told) == (1_000, buckets.keys)
-        assert pieces == 1_000 * TELL_WORK / PIECE_WORK + 1
+        assert pieces == 1_000 * TELL_WORK / ROUND_PIECE_WORK + 1
 
 
 def test_a_quiet_node_compares_soon_after_a_stall() -> None:
@@ -683,14 +683,14 @@ def test_a_peer_without_room_is_not_told_of_keys_again_and_again() -> None:
     cluster.run_until_settled()
     b = cluster["b"]
     take(b.store, "mine", 1, b.now_us)
-    b.store.room.most = 1
+    b.store.room.max_buckets = 1
     for index in range(50):
         take(cluster["a"].store, f"user {index}", 1, cluster["a"].now_us)
     cluster.run(SLOT_US + HEALS_US)
     assert (len(b.store), b.store.full_since_us is not None) == (1, True)
     assert resyncs(cluster) == 0
     # There is room again: now it is.
-    b.store.room.most = 100
+    b.store.room.max_buckets = 100
     b.store.full_since_us = None
     cluster.run(HEALS_US)
     assert len(b.store) == 51
@@ -713,7 +713,7 @@ def test_each_partition_has_its_turn_however_seldom_a_node_has_a_pass(stride: in
         assert frozenset().union(*passes) == set(range(PARTITIONS))
 
 
-SLOW = Limit(1, 100 * SECOND_US, 200)
+SLOW = TokenBucketLimit(1, 100 * SECOND_US, 200)
 """What is taken from it counts for hours."""
 
 

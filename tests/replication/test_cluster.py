@@ -9,7 +9,7 @@ from replication.builders import PER_USER, RULES, SECOND_US, key_of, rules_with,
 from seeds import seeds
 
 from ratelimit_sidecar.crdt.bucket import Bucket
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.limiter.rules import Rules
 from ratelimit_sidecar.replication.flushing import URGENT_FLUSH_SECONDS
 from ratelimit_sidecar.replication.outbox import MAX_UNACKNOWLEDGED
@@ -100,7 +100,7 @@ def test_nodes_converge_to_the_bit_after_cuts_and_resets(seed: int) -> None:
 
 def test_nodes_that_seal_at_different_moments_agree_on_what_they_sealed() -> None:
     # Overloaded, so that what is sealed leaves a deficit behind.
-    limit = Limit(30, SECOND_US, 400)
+    limit = TokenBucketLimit(30, SECOND_US, 400)
     cluster = Cluster(2, "abc", rules_with(team=limit))
     load(cluster, limit.horizon_us + 8 * SECOND_US, every_us=10 * MS, key="team")
     cluster.run(limit.horizon_us + 8 * SECOND_US)
@@ -234,7 +234,8 @@ def test_both_ends_use_one_of_two_streams_and_the_other_takes_over_when_it_is_lo
 
 def test_nodes_that_change_a_limit_and_change_it_back_at_other_moments_owe_the_same_to_the_bit() -> None:
     day, second = (
-        rules_with(user=limit) for limit in (Limit(1_000, 86_400 * SECOND_US, 1_000), Limit(10, SECOND_US, 10))
+        rules_with(user=limit)
+        for limit in (TokenBucketLimit(1_000, 86_400 * SECOND_US, 1_000), TokenBucketLimit(10, SECOND_US, 10))
     )
     cluster = Cluster(5, "abc", day, ways=between("abc", 20 * MS))
     cluster.run_until_settled()

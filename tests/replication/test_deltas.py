@@ -25,7 +25,7 @@ from replication.builders import (
 
 from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.journal import Journal
-from ratelimit_sidecar.crdt.limit import MAX_EXPONENT, MAX_PERIOD_US, MIN_EXPONENT, Limit
+from ratelimit_sidecar.crdt.limit import MAX_EXPONENT, MAX_PERIOD_US, MIN_EXPONENT, TokenBucketLimit
 from ratelimit_sidecar.crdt.slot import REFUND, slot_id
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.crdt.token_bucket import TokenBucket
@@ -63,7 +63,7 @@ entries = st.lists(
 class Recorder(Store):
     """Keeps what it is told, in place of joining it."""
 
-    def __init__(self, limit: Limit | None = PER_USER) -> None:
+    def __init__(self, limit: TokenBucketLimit | None = PER_USER) -> None:
         super().__init__(B, lambda key: limit)
         self.told: list[tuple[bytes, Base | None, list[Entry]]] = []
 
@@ -127,7 +127,7 @@ def test_what_is_given_back_is_checked_like_what_is_taken() -> None:
 
 @pytest.mark.interpreted
 def test_the_largest_deficit_of_the_largest_limit_can_be_sent() -> None:
-    limit = Limit(1, MAX_PERIOD_US, 2**40, max_debt=1024)
+    limit = TokenBucketLimit(1, MAX_PERIOD_US, 2**40, max_debt=1024)
     store = Recorder(limit)
     base = Base(NOW_US, limit.debt_ceiling)
     apply_deltas(store, sent(TokenBucket(KEY, limit, A, NOW_US), base, []), A, NOW_US)
@@ -137,8 +137,8 @@ def test_the_largest_deficit_of_the_largest_limit_can_be_sent() -> None:
 @pytest.mark.interpreted
 def test_a_limit_whose_horizon_reaches_back_before_the_epoch_can_be_told_of_once_it_has_changed() -> None:
     year_us = 365 * 86_400_000_000
-    bucket = TokenBucket(KEY, Limit(1, year_us, 100), A, NOW_US)
-    longer = Limit(1, year_us, 1_000)
+    bucket = TokenBucket(KEY, TokenBucketLimit(1, year_us, 100), A, NOW_US)
+    longer = TokenBucketLimit(1, year_us, 1_000)
     bucket.set_limit(longer, NOW_US)
     assert bucket.take(3, NOW_US)
     entries = list(bucket.entries())
@@ -153,7 +153,7 @@ def test_a_base_is_rescaled_to_the_receivers_limit_rounding_up(
     their_period: int, our_period: int, deficit: int
 ) -> None:
     # A prime number of tokens, so that no period is reduced.
-    theirs, ours = (Limit(10_000_019, period_us, 100) for period_us in (their_period, our_period))
+    theirs, ours = (TokenBucketLimit(10_000_019, period_us, 100) for period_us in (their_period, our_period))
     store = Recorder(ours)
     apply_deltas(store, sent(TokenBucket(KEY, theirs, A, NOW_US), Base(NOW_US, deficit), []), A, NOW_US)
     [(_, base, _)] = store.told
@@ -278,9 +278,14 @@ def test_the_largest_key_fits_into_a_frame() -> None:
 
 
 @pytest.mark.parametrize(
-    "limit", [Limit(1_000, 1_000_000, 1_000), Limit(10, 1_000_000, 100), Limit(20, 60_000_000, 20)]
+    "limit",
+    [
+        TokenBucketLimit(1_000, 1_000_000, 1_000),
+        TokenBucketLimit(10, 1_000_000, 100),
+        TokenBucketLimit(20, 60_000_000, 20),
+    ],
 )
-def test_a_bucket_under_steady_load_from_three_regions_encodes_to_less_than_a_kilobyte(limit: Limit) -> None:
+def test_a_bucket_under_steady_load_from_three_regions_encodes_to_less_than_a_kilobyte(limit: TokenBucketLimit) -> None:
     regions = [Origin(node, 2**63 + 1) for node in ("us-east-1-a", "eu-west-2-a", "ap-southeast-1-a")]
     buckets = [TokenBucket(KEY, limit, region, NOW_US, Journal()) for region in regions]
     now_us = NOW_US

@@ -43,7 +43,7 @@ from tenacity import RetryCallState
 from ratelimit_sidecar.crdt.bucket import Bucket, Origin
 from ratelimit_sidecar.crdt.shares import Membership
 from ratelimit_sidecar.crdt.store import Store
-from ratelimit_sidecar.replication.limits import MeshLimits
+from ratelimit_sidecar.replication.bounds import MeshBounds
 from ratelimit_sidecar.replication.listener import Listener
 from ratelimit_sidecar.replication.mesh import Mesh
 from ratelimit_sidecar.replication.open_streams import SKEW_US
@@ -169,19 +169,19 @@ async def test_a_peer_that_dies_is_missed_at_once_where_its_connection_breaks() 
 
 
 async def test_an_address_that_does_not_answer_is_dialled_with_growing_waits() -> None:
-    limits = MeshLimits(first_redial=0.2, most_redial=0.7)
+    bounds = MeshBounds(first_redial=0.2, most_redial=0.7)
     longest = [0.0, 0.0, 0.0]
     dials: list[int] = []
 
     def redial(
-        _target: Target, backoff: Callable[[RetryCallState], float], _limits: MeshLimits, state: RetryCallState
+        _target: Target, backoff: Callable[[RetryCallState], float], _bounds: MeshBounds, state: RetryCallState
     ) -> float:
         dials.append(state.attempt_number)
         if len(dials) <= len(longest):
             longest[len(dials) - 1] = max(backoff(state) for _ in range(1_000))
         return 0.0
 
-    async with sidecar("a", peers=free_addresses(1), limits=limits, redial=redial) as a:
+    async with sidecar("a", peers=free_addresses(1), bounds=bounds, redial=redial) as a:
         await a.until(lambda: len(dials) >= 3)
     assert dials[:3] == [1, 2, 3]
     assert longest == pytest.approx([0.2, 0.4, 0.7], rel=0.05)
@@ -350,7 +350,7 @@ async def test_silent_connections_are_bounded_and_hung_up_on() -> None:
     async def accept(_requests: object, _context: object) -> None:
         accepted.set()
 
-    one = Listener("127.0.0.1:0", certificate=None, accept=accept, limits=MeshLimits(connections=8, handshake=0.5))
+    one = Listener("127.0.0.1:0", certificate=None, accept=accept, bounds=MeshBounds(connections=8, handshake=0.5))
     await one.bind()
     host, _, port = one.address.rpartition(":")
     silent = [await asyncio.open_connection(host, int(port)) for _ in range(40)]
@@ -419,7 +419,7 @@ async def test_a_draining_node_first_tells_what_it_has_taken_and_then_says_goodb
 async def test_a_draining_node_takes_no_streams_and_waits_for_a_peer_that_does_not_acknowledge() -> None:
     # As long as nothing moves it, no peer is taken for dead.
     at_us = now_us()
-    async with sidecar("a", clock=lambda: at_us, limits=MeshLimits(drain=3_600.0)) as a, dialled(a) as mute:
+    async with sidecar("a", clock=lambda: at_us, bounds=MeshBounds(drain=3_600.0)) as a, dialled(a) as mute:
         await mute.write(hello("b"))
         await a.connected_to("b")
         a.take("ann", 5)
@@ -435,7 +435,7 @@ async def test_a_draining_node_takes_no_streams_and_waits_for_a_peer_that_does_n
 
 async def test_a_drain_ends_in_time_whatever_a_peer_does_not_do() -> None:
     at_us = now_us()
-    async with sidecar("a", clock=lambda: at_us, limits=MeshLimits(drain=0.01, goodbye=0.01)) as a, dialled(a) as mute:
+    async with sidecar("a", clock=lambda: at_us, bounds=MeshBounds(drain=0.01, goodbye=0.01)) as a, dialled(a) as mute:
         await mute.write(hello("b"))
         await a.connected_to("b")
         a.take("ann", 5)
@@ -443,7 +443,7 @@ async def test_a_drain_ends_in_time_whatever_a_peer_does_not_do() -> None:
 
 
 async def test_streams_that_are_dialled_in_are_bounded() -> None:
-    async with sidecar("a", limits=MeshLimits(streams=1)) as a, dialled(a) as one:
+    async with sidecar("a", bounds=MeshBounds(streams=1)) as a, dialled(a) as one:
         await one.write(hello("b"))
         await a.connected_to("b")
         async with dialled(a) as one_more, asyncio.timeout(TIMEOUT_SECONDS):
@@ -599,7 +599,7 @@ async def test_a_peers_list_may_name_an_address_twice() -> None:
 
 
 def payments_of(name: str) -> PaymentExchange:
-    """Of a node that has its home share, a half of each strict limit."""
+    """Of a node that has its home, a half of each strict limit."""
     return PaymentExchange(ledger_of(name, PAIR, now_us() - 2 * SIT_OUT_US), now_us)
 
 
@@ -619,7 +619,7 @@ async def test_a_node_in_want_is_paid_over_the_mesh_what_another_one_has_to_spar
         assert [status and (status.payments_received, status.payments_sent) for status in statuses] != [(0, 0), (0, 0)]
 
 
-async def test_a_peer_with_other_members_is_warned_about_and_leaves_the_smaller_share() -> None:
+async def test_a_peer_with_other_members_is_warned_about_and_leaves_the_smaller_home() -> None:
     ledger = ledger_of("b", Membership(1, {"a": 1, "b": 3}), now_us() - 2 * SIT_OUT_US)
     with capture_logs() as logs:
         async with (
@@ -644,8 +644,8 @@ async def test_a_node_without_strict_limits_has_no_membership() -> None:
 
 
 async def test_peers_are_told_at_once_of_a_bucket_that_gets_nearly_used_up() -> None:
-    seldom = MeshLimits(flush=3_600.0)
-    async with sidecar("b") as b, sidecar("a", peers=[address_of(b)], limits=seldom) as a:
+    seldom = MeshBounds(flush=3_600.0)
+    async with sidecar("b") as b, sidecar("a", peers=[address_of(b)], bounds=seldom) as a:
         assert await a.mesh.joined(TIMEOUT_SECONDS)
         # Not yet: the next flush is an hour away.
         a.take("ann", 100)

@@ -28,10 +28,10 @@ from tenacity import RetryCallState
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.crdt.shares import OLD_LOAN_US, Membership, Shares
+from ratelimit_sidecar.replication.bounds import DEFAULT_BOUNDS, MeshBounds
 from ratelimit_sidecar.replication.dialler import redial_seconds
-from ratelimit_sidecar.replication.limits import DEFAULT_LIMITS, MeshLimits
 from ratelimit_sidecar.replication.open_streams import CERTAIN_US
 from ratelimit_sidecar.replication.payments import PaymentExchange
 from ratelimit_sidecar.replication.peers import PEER_FORGOTTEN_US
@@ -39,7 +39,7 @@ from ratelimit_sidecar.replication.resolver import Resolver
 from ratelimit_sidecar.replication.targets import GRACE_US, Target, port_of
 from ratelimit_sidecar.supervision import Supervisor
 
-ID_TAKEN_US = int(3e6 * DEFAULT_LIMITS.misconfigured_redial)
+ID_TAKEN_US = int(3e6 * DEFAULT_BOUNDS.misconfigured_redial)
 """Longer than a refusal is remembered: until the peer was dialled again twice."""
 
 
@@ -218,7 +218,7 @@ async def test_an_address_that_is_gone_is_dialled_no_more_while_others_are() -> 
 
 
 async def test_a_dial_that_was_given_up_leaves_no_connection() -> None:
-    limits = MeshLimits(connect=0.01)
+    bounds = MeshBounds(connect=0.01)
     hung_up, waits = asyncio.Event(), list[bool]()
 
     def redial_soon(target: Target, *_: object) -> float:
@@ -236,7 +236,7 @@ async def test_a_dial_that_was_given_up_leaves_no_connection() -> None:
     host, port = server.sockets[0].getsockname()
     async with (
         server,
-        sidecar("a", listen=None, peers=[f"{host}:{port}"], limits=limits, redial=redial_soon) as a,
+        sidecar("a", listen=None, peers=[f"{host}:{port}"], bounds=bounds, redial=redial_soon) as a,
         asyncio.timeout(TIMEOUT_SECONDS),
     ):
         await a.until(lambda: a.mesh.status()[0].last_error == "not connected within 0.01 s")
@@ -264,7 +264,7 @@ async def test_a_node_that_drains_dials_no_more() -> None:
             "a",
             peers=[f"127.0.0.2:{port}"],
             clock=lambda: at_us,
-            limits=MeshLimits(drain=3_600.0),
+            bounds=MeshBounds(drain=3_600.0),
             redial=at_once,
         ) as a,
         sidecar("b", listen=None, peers=[f"127.0.0.3:{port}"], redial=at_once) as b,
@@ -312,12 +312,12 @@ async def test_a_peer_that_has_lost_one_of_two_addresses_is_configured_by_the_ot
 
 
 async def test_an_address_of_a_connected_peer_is_looked_at_now_and_then() -> None:
-    limits = MeshLimits(parked=0.01)
+    bounds = MeshBounds(parked=0.01)
     async with (
         sidecar("b") as b,
         way(address_of(b)) as one,
         way(address_of(b)) as other,
-        sidecar("a", listen=None, peers=[one.address, other.address], limits=limits, redial=at_once) as a,
+        sidecar("a", listen=None, peers=[one.address, other.address], bounds=bounds, redial=at_once) as a,
     ):
         await a.until(lambda: sorted([one.opened, other.opened])[1] >= 4)
         assert sorted([one.opened, other.opened])[0] == 1
@@ -507,7 +507,7 @@ async def test_a_node_whose_id_a_third_one_knows_as_anothers_is_told_so_and_has_
                 redial=soon,
                 payments=PaymentExchange(ledger, now_us),
             ) as namesake:
-                assert ledger.bucket(b"k", Limit(100, SECOND_US, 100), now_us()).remaining == 50
+                assert ledger.bucket(b"k", TokenBucketLimit(100, SECOND_US, 100), now_us()).remaining == 50
                 # Refused twice, so it has noted the first time.
                 await a.until(lambda: a.mesh.protocol_errors.get("duplicate_node", 0) >= 2)
                 jump_us = CERTAIN_US
@@ -515,9 +515,9 @@ async def test_a_node_whose_id_a_third_one_knows_as_anothers_is_told_so_and_has_
                 error = (await told(logs, "two_nodes_with_one_id"))[0]
                 assert (error["node"], error["addresses"]) == ("b", ["this node", address_of(a)])
                 assert namesake.mesh.is_id_taken
-                await namesake.until(lambda: shares.part(now_us()) == 0)
+                await namesake.until(lambda: shares.home_fraction(now_us()) == 0)
                 ledger.tick({}, now_us(), 1, 1)
-                assert ledger.bucket(b"k", Limit(100, SECOND_US, 100), now_us()).remaining == 0
+                assert ledger.bucket(b"k", TokenBucketLimit(100, SECOND_US, 100), now_us()).remaining == 0
                 jump_us += ID_TAKEN_US
                 assert not b.mesh.is_id_taken
                 assert not a.mesh.is_id_taken
@@ -537,7 +537,7 @@ async def test_a_node_whose_id_a_third_one_knows_as_anothers_is_told_so_and_has_
     ("target", "seconds"),
     [
         (Target("10.0.0.1:1"), 1.5),
-        (Target("10.0.0.1:1", is_misconfigured=True), DEFAULT_LIMITS.misconfigured_redial),
+        (Target("10.0.0.1:1", is_misconfigured=True), DEFAULT_BOUNDS.misconfigured_redial),
         (Target("10.0.0.1:1", is_mute=True), 0.0),
     ],
 )
@@ -546,4 +546,4 @@ def test_what_only_people_can_mend_is_tried_seldom_and_what_did_not_answer_at_on
 ) -> None:
     backoff: Callable[[RetryCallState], float] = lambda _: 1.5  # noqa: E731
     state = RetryCallState(retry_object=None, fn=None, args=(), kwargs={})  # type: ignore[arg-type]
-    assert redial_seconds(target, backoff, DEFAULT_LIMITS, state) == seconds
+    assert redial_seconds(target, backoff, DEFAULT_BOUNDS, state) == seconds

@@ -17,7 +17,7 @@ from replication.meshes import TIMEOUT_SECONDS, Sidecar, address_of, events, fre
 from structlog.testing import capture_logs
 
 from ratelimit_sidecar.config import tls_files
-from ratelimit_sidecar.replication.limits import MeshLimits
+from ratelimit_sidecar.replication.bounds import MeshBounds
 from ratelimit_sidecar.replication.stream_io import METHOD
 from ratelimit_sidecar.replication.targets import Target
 from ratelimit_sidecar.replication.tls import NodeCertificate, Pinned
@@ -376,12 +376,12 @@ class Far(NodeCertificate):
 
 
 async def test_each_of_the_two_handshakes_has_the_whole_time_for_one(tmp_path: Path) -> None:
-    limits = MeshLimits(connect=1.0)
+    bounds = MeshBounds(connect=1.0)
     authority = Authority()
     of_a, of_b = authority.of(tmp_path / "a", "a"), Far(authority.write(tmp_path / "b", "b"))
     async with (
         sidecar("a", certificate=of_a) as a,
-        sidecar("b", listen=None, peers=[address_of(a)], certificate=of_b, limits=limits) as b,
+        sidecar("b", listen=None, peers=[address_of(a)], certificate=of_b, bounds=bounds) as b,
     ):
         await b.connected_to("a")
 

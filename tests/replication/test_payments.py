@@ -9,7 +9,7 @@ from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.shares import Membership, Shares, ShownMembership
 from ratelimit_sidecar.crdt.strict import HOLD_US, TICKET_US, StrictBucket
-from ratelimit_sidecar.crdt.waiting import Outcome, Waiting, Wish
+from ratelimit_sidecar.crdt.waiting import Outcome, PendingDecision, Wish
 from ratelimit_sidecar.mesh_status import MembershipStatus
 from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES
 from ratelimit_sidecar.replication.payments import MAX_OPEN, MAX_WISHES, TICK_EVERY_US, PaymentExchange, StreamPayments
@@ -38,12 +38,12 @@ class Node:
         self.bucket(key).take(self.bucket(key).remaining, self.strict_us)
         assert not self.bucket(key).take(30, self.strict_us)
 
-    def wait(self, hits: int = 1) -> Waiting:
+    def wait(self, hits: int = 1) -> PendingDecision:
         """A request that waits, because the purse is empty and b is believed to be full."""
         bucket = self.bucket()
         bucket.take(bucket.remaining, self.strict_us)
         self.ledger.queues.tick(["b"], self.strict_us, 0, MAX_KEY_BYTES)
-        waiting = Waiting(hits, lambda now_us: b"%d" % bucket.take(hits, now_us), 250_000)
+        waiting = PendingDecision(hits, lambda now_us: b"%d" % bucket.take(hits, now_us), 250_000)
         assert self.ledger.wait(KEY, waiting, self.strict_us)
         return waiting
 

@@ -645,7 +645,7 @@ def test_a_member_in_want_is_paid_by_another_one() -> None:
     a.use_up()
     a.say()
     exchange(one, other)
-    assert (a.payments and a.payments.received, b.payments and b.payments.paid) == (1, 1)
+    assert (a.payments and a.payments.received, b.payments and b.payments.payments_sent) == (1, 1)
     assert a.plan().remaining > 20
 
 

@@ -13,9 +13,9 @@ import pytest
 from ratelimit_sidecar.replication.scheduler import (
     FAIR_QUANTUM_NS,
     GROWTH,
+    LEAST_QUANTUM_NS,
     LONG_TURN_NS,
     MAX_QUANTUM_NS,
-    QUANTUM_NS,
     Scheduler,
 )
 
@@ -48,7 +48,7 @@ class Work:
 
         def job() -> Iterator[None]:
             for left in reversed(range(number)):
-                self.now_ns += QUANTUM_NS // 4
+                self.now_ns += LEAST_QUANTUM_NS // 4
                 self.done.append((self._turn, name))
                 if left:
                     yield
@@ -79,18 +79,18 @@ def work() -> Work:
 
 
 async def test_what_is_long_leaves_two_turns_to_others_and_comes_in_order(work: Work) -> None:
-    await work.at_once(QUANTUM_NS, 5 * QUANTUM_NS, QUANTUM_NS)
+    await work.at_once(LEAST_QUANTUM_NS, 5 * LEAST_QUANTUM_NS, LEAST_QUANTUM_NS)
     assert [name for _, name in work.done] == ["0", "1", "2"]
     assert [after - before for (before, _), (after, _) in pairwise(work.done)] == [2, 2]
 
 
 async def test_what_is_short_shares_a_turn(work: Work) -> None:
-    await work.at_once(*[QUANTUM_NS // 4] * 4)
+    await work.at_once(*[LEAST_QUANTUM_NS // 4] * 4)
     assert work.of_turns() == [4]
 
 
 async def test_the_step_that_uses_up_the_quantum_is_the_last(work: Work) -> None:
-    await work.at_once(*[QUANTUM_NS // 4 + 1] * 12)
+    await work.at_once(*[LEAST_QUANTUM_NS // 4 + 1] * 12)
     assert [name for _, name in work.done] == [str(number) for number in range(12)]
     assert work.of_turns() == [4, 4, 4]
 
@@ -98,8 +98,8 @@ async def test_the_step_that_uses_up_the_quantum_is_the_last(work: Work) -> None
 @pytest.mark.parametrize(
     ("others_ns", "quantum_ns"),
     [
-        (0, QUANTUM_NS),
-        (QUANTUM_NS, QUANTUM_NS),
+        (0, LEAST_QUANTUM_NS),
+        (LEAST_QUANTUM_NS, LEAST_QUANTUM_NS),
         (400_000, 400_000),
         (800_000, 400_000),
         (1_500_000, FAIR_QUANTUM_NS),
@@ -118,7 +118,7 @@ async def test_where_turns_stay_long_the_quantum_is_half_of_them_or_a_third_to_a
 
 
 async def test_a_long_turn_among_short_ones_is_not_followed_by_a_long_quantum(work: Work) -> None:
-    step_ns = QUANTUM_NS // 4
+    step_ns = LEAST_QUANTUM_NS // 4
     work.others_after = {40: 4_000_000, 41: 0}
     await work.at_once(*[step_ns] * 80)
     assert max(work.of_turns()) * step_ns < FAIR_QUANTUM_NS
@@ -126,9 +126,9 @@ async def test_a_long_turn_among_short_ones_is_not_followed_by_a_long_quantum(wo
 
 async def test_the_quantum_grows_by_one_part_at_a_time_and_shrinks_at_once(work: Work) -> None:
     work.others_ns = 400_000
-    step_ns = QUANTUM_NS // GROWTH
+    step_ns = LEAST_QUANTUM_NS // GROWTH
     first = [GROWTH, GROWTH, GROWTH + 1, GROWTH + 3]
-    work.others_after[sum(first)] = QUANTUM_NS
+    work.others_after[sum(first)] = LEAST_QUANTUM_NS
     await work.at_once(*[step_ns] * (sum(first) + 2 * GROWTH))
     assert work.of_turns() == [*first, GROWTH, GROWTH]
 
@@ -168,13 +168,13 @@ async def test_and_two_again_when_they_are_short_again(work: Work) -> None:
 
 
 async def test_of_work_in_many_steps_one_is_done_at_a_time(work: Work) -> None:
-    await work.step("first", QUANTUM_NS)
+    await work.step("first", LEAST_QUANTUM_NS)
     await asyncio.gather(work.steps("a", 3), work.steps("b", 1), work.steps("c", 4))
     assert "".join(name for _, name in work.done[1:]) == "abcacacc"
 
 
 async def test_every_second_step_is_one_of_urgent_work(work: Work) -> None:
-    await work.step("first", QUANTUM_NS)
+    await work.step("first", LEAST_QUANTUM_NS)
     await asyncio.gather(*[work.steps(name, 2) for name in "abc"], work.steps("u", 4, is_urgent=True))
     assert "".join(name for _, name in work.done[1:]) == "aubucuaubc"
 
@@ -185,14 +185,14 @@ async def test_work_in_steps_uses_up_a_quantum_and_leaves_two_turns(work: Work) 
 
 
 async def test_a_quantum_that_was_not_used_up_is_used_later(work: Work) -> None:
-    await work.step("before", QUANTUM_NS - 1)
+    await work.step("before", LEAST_QUANTUM_NS - 1)
     await work.at_once(2, 1)
     assert work.of_turns() == [1, 1, 1]
 
 
 async def test_a_step_that_fails_tells_its_caller_and_lets_the_next_one_in(work: Work) -> None:
     def fail() -> Iterator[None]:
-        work.now_ns += QUANTUM_NS
+        work.now_ns += LEAST_QUANTUM_NS
         raise ZeroDivisionError
         yield
 
@@ -203,7 +203,7 @@ async def test_a_step_that_fails_tells_its_caller_and_lets_the_next_one_in(work:
 
 
 async def test_a_step_whose_caller_has_gone_is_not_done(work: Work) -> None:
-    tasks = [asyncio.create_task(work.step(name, QUANTUM_NS)) for name in "abc"]
+    tasks = [asyncio.create_task(work.step(name, LEAST_QUANTUM_NS)) for name in "abc"]
     await asyncio.sleep(0)
     tasks[1].cancel()
     await asyncio.wait(tasks)

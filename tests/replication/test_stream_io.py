@@ -12,7 +12,7 @@ from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.outbox import WHOLE_BATCH_BUCKETS
 from ratelimit_sidecar.replication.pace import PIECE_WORK
 from ratelimit_sidecar.replication.replicator import Replicator
-from ratelimit_sidecar.replication.scheduler import QUANTUM_NS, Scheduler
+from ratelimit_sidecar.replication.scheduler import LEAST_QUANTUM_NS, Scheduler
 from ratelimit_sidecar.replication.stream import Stream
 from ratelimit_sidecar.replication.stream_io import Call, move_frames
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
@@ -36,7 +36,7 @@ class Pinged:
 
     def __init__(self) -> None:
         self._looks = count()
-        self.scheduler = Scheduler(lambda: next(self._looks) * QUANTUM_NS)
+        self.scheduler = Scheduler(lambda: next(self._looks) * LEAST_QUANTUM_NS)
         self._said = [
             frame(hello=pb.Hello(protocol=2, node="b", region="eu", incarnation=1)),
             frame(ping=pb.Ping(id=1)),

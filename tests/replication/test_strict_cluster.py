@@ -12,7 +12,7 @@ import pytest
 from replication.builders import SECOND_US, SIT_OUT_US
 from seeds import seeds
 
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.crdt.shares import Membership
 from ratelimit_sidecar.crdt.waiting import Outcome
 from simulation.clock import clocks_off
@@ -24,7 +24,7 @@ from simulation.workload import WAIT_US, request, unchanging
 
 SEEDS = seeds(14, thorough=60, nightly=2_000)
 
-PER_SECOND_100 = Limit(100, SECOND_US, 100)
+PER_SECOND_100 = TokenBucketLimit(100, SECOND_US, 100)
 
 
 class Strict(Watched):
@@ -34,7 +34,7 @@ class Strict(Watched):
         limit: of one bucket, for which all nodes are asked.
     """
 
-    def __init__(self, seed: int, names: str, limit: Limit, **options: object) -> None:
+    def __init__(self, seed: int, names: str, limit: TokenBucketLimit, **options: object) -> None:
         self.limit = limit
         editions = unchanging(plan=limit)
         self.gold = request(editions.first, 1, ("plan", "gold"))
@@ -74,7 +74,7 @@ def run_faults(seed: int) -> Strict:
     A failing seed is replayed by `run_faults(seed)`.
     """
     draw = Random(seed)
-    limit = draw.choice([PER_SECOND_100, Limit(10, SECOND_US, 50), Limit(30, 60 * SECOND_US, 30)])
+    limit = draw.choice([PER_SECOND_100, TokenBucketLimit(10, SECOND_US, 50), TokenBucketLimit(30, 60 * SECOND_US, 30)])
     names = "abcd"[: draw.randint(2, 4)]
     ways = between(names, *draw.choice([(MS, MS), (5 * MS, 75 * MS), (300 * MS, 400 * MS)]))
     cluster = Strict(seed, names, limit, ways=ways, system_ahead_us=clocks_off(draw, names, 500 * MS))
@@ -140,7 +140,7 @@ def test_a_restarted_node_has_what_refills_as_soon_as_it_is_connected() -> None:
     cluster.run(10 * SECOND_US)
     cluster.start("b")
     cluster.run(2 * SECOND_US)
-    assert cluster["b"].ledger.shares.part(cluster["b"].now_us) > 0
+    assert cluster["b"].ledger.shares.home_fraction(cluster["b"].now_us) > 0
     cluster.ask("b", 1_000, 5 * SECOND_US)
     assert cluster.admitted_within("b", 5 * SECOND_US) >= 0.95 * 500
 
@@ -172,7 +172,9 @@ def test_a_new_membership_is_rolled_out_node_by_node_without_a_moment_above_the_
         cluster.ask(name, 300, 20 * SECOND_US)
         cluster.restart(name, 0)
         cluster.run(3 * SECOND_US)
-        assert cluster[name].ledger.shares.part(cluster[name].now_us) >= (new if name != "a" else old)[name] / 6
+        assert (
+            cluster[name].ledger.shares.home_fraction(cluster[name].now_us) >= (new if name != "a" else old)[name] / 6
+        )
     for each in cluster:
         status = each.payments.status()
         assert (status.epoch, status.settled, status.conflicts) == (2, True, ())

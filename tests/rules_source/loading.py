@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ratelimit_sidecar.config.errors import ConfigError, Problem
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.limiter.rules import Rule, RuleNode, Rules
 from ratelimit_sidecar.rules_source.reloader import Reloader
 
@@ -23,7 +23,10 @@ LOADED_WITHIN_S = 60.0
 def rules_of(*domains: str) -> Rules:
     """One rule in each domain."""
     return Rules(
-        {name: RuleNode(key_only={"user": RuleNode(Rule(f"{name}.user", Limit(1, 1, 1)))}) for name in domains}
+        {
+            name: RuleNode(key_only={"user": RuleNode(Rule(f"{name}.user", TokenBucketLimit(1, 1, 1)))})
+            for name in domains
+        }
     )
 
 

@@ -14,15 +14,15 @@ import grpc.aio
 import grpclib.client
 from certificates import Authority
 
+from ratelimit_sidecar.server.bounds import DEFAULT_BOUNDS
 from ratelimit_sidecar.server.front_end import FrontEnd
+from ratelimit_sidecar.server.grpc_front_end import GrpcFrontEnd
 from ratelimit_sidecar.server.grpcio import GrpcioFrontEnd
-from ratelimit_sidecar.server.h2 import H2FrontEnd
-from ratelimit_sidecar.server.limits import DEFAULT_LIMITS
 from ratelimit_sidecar.server.rpc import Handlers, Metadata
 from ratelimit_sidecar.server.tls import ServerCertificate
 from ratelimit_sidecar.server.turns import Turns
 
-KINDS = {"h2": H2FrontEnd, "grpcio": GrpcioFrontEnd}
+KINDS = {"h2": GrpcFrontEnd, "grpcio": GrpcioFrontEnd}
 
 
 def echo(message: bytes, _metadata: Metadata) -> bytes:
@@ -76,17 +76,17 @@ async def running(
     *,
     certificate: ServerCertificate | None = None,
     turns: Turns | None = None,
-    **limits: float | None,
+    **bounds: float | None,
 ) -> AsyncIterator[FrontEnd]:
     """A front end that answers, and is stopped at the end.
 
     Args:
         turns: of the h2 front end.
-        limits: those of `Limits` that are not the default.
+        bounds: those of `ServerBounds` that are not the default.
     """
     more = {} if turns is None else {"turns": turns}
     front_end: FrontEnd = KINDS[kind](
-        handlers, addresses, limits=replace(DEFAULT_LIMITS, **limits), certificate=certificate, **more
+        handlers, addresses, bounds=replace(DEFAULT_BOUNDS, **bounds), certificate=certificate, **more
     )
     await front_end.start()
     async with asyncio.TaskGroup() as tasks:

@@ -18,9 +18,9 @@ from server.raw_http2 import client_connection
 from server.tls_records import RecordWriter
 from server.work_clock import PerTurn, WorkClock
 
+from ratelimit_sidecar.server.bounds import DEFAULT_BOUNDS
 from ratelimit_sidecar.server.budget import AddressBudget
 from ratelimit_sidecar.server.grpc_protocol import LARGE_READ_NS, READ_NS, FrontEndState, GrpcProtocol
-from ratelimit_sidecar.server.limits import DEFAULT_LIMITS
 from ratelimit_sidecar.server.tls import ServerCertificate
 from ratelimit_sidecar.server.tls_session import TlsSession
 from ratelimit_sidecar.server.turns import QUANTUM_NS, Turns
@@ -70,7 +70,7 @@ class Server:
 @contextlib.asynccontextmanager
 async def serving(turns: Turns) -> AsyncIterator[Server]:
     async with asyncio.TaskGroup() as tasks:
-        server = Server(FrontEndState({}, DEFAULT_LIMITS, tasks, turns))
+        server = Server(FrontEndState({}, DEFAULT_BOUNDS, tasks, turns))
         yield server
         for transport, client in zip(server.transports, server.clients, strict=True):
             transport.abort()

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ratelimit_sidecar.server.bounds import MAX_MESSAGE_BYTES
 from ratelimit_sidecar.server.framing import (
     MAX_BODY_BYTES,
     MAX_STATUS_TEXT,
@@ -13,7 +14,6 @@ from ratelimit_sidecar.server.framing import (
     percent_encode,
     unframe,
 )
-from ratelimit_sidecar.server.limits import MAX_MESSAGE_BYTES
 from ratelimit_sidecar.server.rpc import Code, RpcError
 
 GZIP = ((b"grpc-encoding", b"gzip"),)

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ratelimit_sidecar.server.bounds import MAX_STREAMED_BYTES
 from ratelimit_sidecar.server.framing import PREFIX_BYTES, frame
-from ratelimit_sidecar.server.limits import MAX_STREAMED_BYTES
 from ratelimit_sidecar.server.messages import MessageReader
 from ratelimit_sidecar.server.rpc import Code, RpcError
 

@@ -15,9 +15,9 @@ from server.raw_http2 import GRPC_HEADERS, connected
 from server.work_clock import PerTurn, WorkClock
 from young import collected_when_told
 
+from ratelimit_sidecar.server.bounds import MAX_STREAMED_BYTES
 from ratelimit_sidecar.server.framing import frame
-from ratelimit_sidecar.server.http2 import STREAM_WINDOW, STREAMING_BYTES
-from ratelimit_sidecar.server.limits import MAX_STREAMED_BYTES
+from ratelimit_sidecar.server.grpc_connection import STREAM_WINDOW, STREAMING_BYTES
 from ratelimit_sidecar.server.rpc import Code, Handlers, RpcError, StreamingMethod
 from ratelimit_sidecar.server.streaming import MAX_UNSENT_BYTES, STOP_NS, StreamingCall
 from ratelimit_sidecar.server.turns import QUANTUM_NS

@@ -25,7 +25,7 @@ from young import collected_when_told
 from ratelimit_sidecar.config.tls_files import LoadedCertificate
 from ratelimit_sidecar.server.framing import frame
 from ratelimit_sidecar.server.front_end import FrontEnd
-from ratelimit_sidecar.server.h2 import H2FrontEnd
+from ratelimit_sidecar.server.grpc_front_end import GrpcFrontEnd
 from ratelimit_sidecar.server.listeners import ListenError
 from ratelimit_sidecar.server.rpc import Code
 from ratelimit_sidecar.server.tls import ServerCertificate
@@ -95,7 +95,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 def closed(front_end: FrontEnd) -> dict[str, int]:
     """How many connections were ended for which reason; only h2 knows."""
-    assert isinstance(front_end, H2FrontEnd)
+    assert isinstance(front_end, GrpcFrontEnd)
     return {reason: count for reason, count in front_end.closed_connections.items() if count}
 
 
@@ -351,7 +351,7 @@ async def test_handshakes_that_have_begun_count_as_memory(tmp_path: Path) -> Non
     client = Client(tmp_path / "client", authority)
     # Each connection may hold an eighth of what is free: these two, and no third one.
     async with running("h2", ECHO, certificate=certificate, held_bytes=9 * (HANDSHAKE_BYTES + 10_000)) as front_end:
-        assert isinstance(front_end, H2FrontEnd)
+        assert isinstance(front_end, GrpcFrontEnd)
         async with raw(front_end) as (_, first), raw(front_end) as (_, second), raw(front_end) as (reader, third):
             # One that says nothing needs little.
             await until(lambda: front_end.open_connections == 3)

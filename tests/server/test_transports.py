@@ -14,7 +14,7 @@ from server.raw_http2 import RawClient, connected
 
 from ratelimit_sidecar.server.framing import frame
 from ratelimit_sidecar.server.front_end import FrontEnd
-from ratelimit_sidecar.server.h2 import H2FrontEnd
+from ratelimit_sidecar.server.grpc_front_end import GrpcFrontEnd
 from ratelimit_sidecar.server.rpc import Code
 
 PATH = "/test.Echo/Echo"
@@ -63,7 +63,7 @@ async def test_who_breaks_http_2_is_disconnected_and_harms_nobody(served: Served
 async def test_a_call_that_breaks_grpc_gets_its_status_and_the_connection_lives(served: Served) -> None:
     async with served.raw() as client:
         assert (await client.call("/test.Echo/Nothing", frame(b"hello"))).code == Code.UNIMPLEMENTED
-        if isinstance(served.front_end, H2FrontEnd):
+        if isinstance(served.front_end, GrpcFrontEnd):
             # The C core never answers these.
             assert (await client.call(PATH, frame(b"hello")[:-1])).code == Code.INTERNAL
             assert (await client.call(PATH, b"")).code == Code.UNIMPLEMENTED

@@ -16,11 +16,11 @@ from server.raw_http2 import GRPC_HEADERS, connected
 from services.waiting_service import PATH, REQUEST, WaitingService, until
 
 from ratelimit_sidecar.crdt.waiting import Outcome
+from ratelimit_sidecar.server.bounds import MAX_HEADER_BYTES
 from ratelimit_sidecar.server.framing import frame
 from ratelimit_sidecar.server.front_end import FrontEnd
-from ratelimit_sidecar.server.h2 import H2FrontEnd
-from ratelimit_sidecar.server.http2 import CALL_BYTES
-from ratelimit_sidecar.server.limits import MAX_HEADER_BYTES
+from ratelimit_sidecar.server.grpc_connection import CALL_BYTES
+from ratelimit_sidecar.server.grpc_front_end import GrpcFrontEnd
 
 
 @pytest.fixture(params=KINDS)
@@ -29,8 +29,8 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @asynccontextmanager
-async def front_end_of(service: WaitingService, kind: str, **limits: float) -> AsyncIterator[FrontEnd]:
-    async with running(kind, service.service.handlers(), **limits) as front_end:
+async def front_end_of(service: WaitingService, kind: str, **bounds: float) -> AsyncIterator[FrontEnd]:
+    async with running(kind, service.service.handlers(), **bounds) as front_end:
         yield front_end
 
 
@@ -81,7 +81,7 @@ async def test_calls_end_with_their_connection(kind: str) -> None:
             await service.until_waiting(5)
             client.vanish()
         await until(lambda: service.queues.counts[Outcome.CANCELLED] == 5)
-        if isinstance(front_end, H2FrontEnd):
+        if isinstance(front_end, GrpcFrontEnd):
             assert front_end.held_bytes == 0
 
 
@@ -116,7 +116,7 @@ async def test_what_a_call_that_waits_holds_is_counted_with_its_message_until_it
     service = WaitingService()
     longer = make_request({"plan": "gold"}, {"colour": "x" * 2_000})
     async with front_end_of(service, "h2") as front_end, connected(front_end.addresses[0]) as client:
-        assert isinstance(front_end, H2FrontEnd)
+        assert isinstance(front_end, GrpcFrontEnd)
         held = []
         for number, request in enumerate((REQUEST, longer), start=1):
             client.send(client.open(PATH), frame(request))
@@ -150,7 +150,7 @@ async def test_a_call_that_there_is_no_memory_for_is_decided_at_once(kind: str) 
 async def test_headers_count_as_well() -> None:
     service = WaitingService()
     async with front_end_of(service, "h2") as front_end, connected(front_end.addresses[0]) as client:
-        assert isinstance(front_end, H2FrontEnd)
+        assert isinstance(front_end, GrpcFrontEnd)
         stream = client.open(PATH, headers=[*GRPC_HEADERS, (b"x-large", b"x" * (MAX_HEADER_BYTES // 8))])
         client.send(stream, frame(REQUEST))
         await service.until_waiting(1)

@@ -15,7 +15,7 @@ from ratelimit_sidecar.limiter.http_mapping import MAX_VALUES_BYTES, EntrySource
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.request import InvalidRequest
 from ratelimit_sidecar.limiter.rules import Rules
-from ratelimit_sidecar.server.limits import MAX_MESSAGE_BYTES
+from ratelimit_sidecar.server.bounds import MAX_MESSAGE_BYTES
 from ratelimit_sidecar.server.rpc import Code, Headers, RpcError
 from ratelimit_sidecar.services.ext_authz import MAX_FIELDS, NESTED, ExtAuthzService, http_request
 from ratelimit_sidecar.services.health import HealthService

@@ -19,7 +19,7 @@ from limiter.requests import decide, make_limiter, make_request
 from server.front_ends import KINDS, channel_to, running
 from server.work_clock import PerTurn, WorkClock
 
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.envoy_api.envoy.service.rate_limit_quota.v3.rlqs_pb2 import (
     BucketId,
     RateLimitQuotaResponse,
@@ -31,19 +31,19 @@ from ratelimit_sidecar.limiter.quota import Quotas
 from ratelimit_sidecar.limiter.quota_pool import Usage
 from ratelimit_sidecar.limiter.rules import Rule, RuleNode, Rules, Unit
 from ratelimit_sidecar.limiter.usage_reports import MAX_ID_BYTES, USAGES_AT_ONCE
+from ratelimit_sidecar.server.bounds import MAX_MESSAGE_BYTES
 from ratelimit_sidecar.server.budget import Places
 from ratelimit_sidecar.server.front_end import FrontEnd
-from ratelimit_sidecar.server.http2 import STREAM_WINDOW
-from ratelimit_sidecar.server.limits import MAX_MESSAGE_BYTES
+from ratelimit_sidecar.server.grpc_connection import STREAM_WINDOW
 from ratelimit_sidecar.server.rpc import Headers
 from ratelimit_sidecar.server.turns import Turns
 from ratelimit_sidecar.services.quota import ACTIONS_AT_ONCE, SERVICE_NAME, QuotaService
 
-PER_AGENT = Rule("api.agent", Limit(300, 1_000_000, 300), 300, Unit.SECOND)
-DENIED = Rule("api.agent_denied", Limit(1, 1_000_000, 0), 0, Unit.SECOND)
+PER_AGENT = Rule("api.agent", TokenBucketLimit(300, 1_000_000, 300), 300, Unit.SECOND)
+DENIED = Rule("api.agent_denied", TokenBucketLimit(1, 1_000_000, 0), 0, Unit.SECOND)
 STAFF = Rule("api.agent_staff", None)
-SHADOW = Rule("api.agent_shadow", Limit(1, 1_000_000, 1), 1, Unit.SECOND, shadow_mode=True)
-PER_USER = Rule("api.plan_free.user", Limit(10, 60_000_000, 10), 10, Unit.MINUTE)
+SHADOW = Rule("api.agent_shadow", TokenBucketLimit(1, 1_000_000, 1), 1, Unit.SECOND, shadow_mode=True)
+PER_USER = Rule("api.plan_free.user", TokenBucketLimit(10, 60_000_000, 10), 10, Unit.MINUTE)
 RULES = Rules(
     {
         "api": RuleNode(

@@ -12,16 +12,16 @@ from limiter.requests import NOW_US, OK, OVER_LIMIT
 from limiter.test_waiting import code_of
 from services.waiting_service import PATH, REQUEST, WaitingService, until
 
-from ratelimit_sidecar.crdt.waiting import Outcome, Waiting
+from ratelimit_sidecar.crdt.waiting import Outcome, PendingDecision
 from ratelimit_sidecar.server.deferred import answer_of
 from ratelimit_sidecar.server.rpc import Headers
 from ratelimit_sidecar.services.ratelimit import LEAST_LEFT_SECONDS, PATIENCE, patience_s
 from ratelimit_sidecar.services.waits import STEP
 
 
-def ask(service: WaitingService, *headers: tuple[bytes, bytes]) -> Waiting:
+def ask(service: WaitingService, *headers: tuple[bytes, bytes]) -> PendingDecision:
     waiting = service.service.handlers()[PATH](REQUEST, Headers(headers))  # type: ignore[operator]
-    assert isinstance(waiting, Waiting)
+    assert isinstance(waiting, PendingDecision)
     return waiting
 
 
@@ -162,7 +162,7 @@ async def decide_now(service: WaitingService) -> None:
 @pytest.mark.parametrize("end", [answer, give_up, decide_now])
 async def test_a_wait_that_is_over_is_forgotten(end: Callable[[WaitingService], Awaitable[None]]) -> None:
     service = WaitingService(wait_ms=3_600_000)
-    with frees_itself(Waiting):
+    with frees_itself(PendingDecision):
         await end(service)
         # What has ended is delivered in the next turn.
         for _ in range(3):

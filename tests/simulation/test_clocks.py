@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ratelimit_sidecar.clock import ALONE_US
-from ratelimit_sidecar.crdt.limit import AnyLimit, Limit, Window, WindowLimit
+from ratelimit_sidecar.crdt.limit import AnyLimit, TokenBucketLimit, Window, WindowLimit
 from simulation.cluster import stable_order
 from simulation.loop import MS, SECOND_US
 from simulation.run import run_until_equal
@@ -19,7 +19,7 @@ SHARED_US = 5 * SECOND_US
 
 LIMITS: dict[str, AnyLimit] = {
     "user": per_second(1, 20),
-    "team": Limit(1_000, 24 * HOUR_US, 50),
+    "team": TokenBucketLimit(1_000, 24 * HOUR_US, 50),
     "fixed": WindowLimit(30, 60 * SECOND_US, Window.FIXED),
     "sliding": WindowLimit(30, 60 * SECOND_US, Window.SLIDING),
 }
@@ -76,7 +76,7 @@ class Busy:
 def most(rule: str, for_us: int) -> int:
     """What a textbook limit admits in such a time, and the part of a slot that comes back early."""
     limit = LIMITS[rule]
-    if isinstance(limit, Limit):
+    if isinstance(limit, TokenBucketLimit):
         return limit.capacity + limit.tokens * for_us // limit.period_us + 1
     return limit.requests * (1 + -(-for_us // limit.period_us))
 

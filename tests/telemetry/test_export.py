@@ -54,7 +54,7 @@ def trace_one_request(tracing: Tracing) -> bytes:
     response = limiter.decide(raw, NOW_US)
     ended_ns = time.time_ns()
     tracer.record(parent, ended_ns - 20_000, ended_ns, limiter.plan(raw), response)
-    return limiter.plan(raw).steps[0].bucket_key
+    return limiter.plan(raw).takes[0].bucket_key
 
 
 def name_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:

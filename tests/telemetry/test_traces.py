@@ -80,7 +80,7 @@ class Traced:
         self.tracer.record(parent, STARTED_NS, ENDED_NS, self.limiter.plan(raw), response)
 
     def key(self, raw: bytes) -> bytes:
-        return self.limiter.plan(raw).steps[0].bucket_key
+        return self.limiter.plan(raw).takes[0].bucket_key
 
     def spans(self) -> list[ReadableSpan]:
         return list(self.exporter.get_finished_spans())
@@ -315,7 +315,7 @@ def test_a_request_that_took_from_several_buckets_of_a_batch_is_one_link() -> No
     traced = Traced()
     raw = request(("tenant", "a"), ("tenant", "b"))
     traced.decide(raw)
-    keys = [step.bucket_key for step in traced.limiter.plan(raw).steps]
+    keys = [take.bucket_key for take in traced.limiter.plan(raw).takes]
     assert len(links(traced.tracer.batch_span("eu-1", keys))) == 1
     assert len(links(traced.tracer.batch_span("ap-1", keys[:1]))) == 1
     assert len(links(traced.tracer.batch_span("ap-1", keys[1:]))) == 1

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from simulation.loop import Loop
 from simulation.network import Network
 
@@ -30,7 +30,7 @@ class Setup:
         names: of the regions.
     """
 
-    limit: Limit
+    limit: TokenBucketLimit
     names: tuple[str, ...]
     network: Network
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.admission.policies.policy import LocalPolicy, Setup
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from simulation.textbook import TextbookBucket
 
 
@@ -13,7 +13,7 @@ class StaticSplit(LocalPolicy):
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         limit, regions = setup.limit, len(setup.regions)
-        part = Limit(limit.tokens, limit.period_us * regions, limit.capacity // regions)
+        part = TokenBucketLimit(limit.tokens, limit.period_us * regions, limit.capacity // regions)
         self._buckets = [TextbookBucket(part) for _ in setup.regions]
 
     def take(self, region: int, now_us: int) -> bool:

@@ -3,35 +3,35 @@
 from __future__ import annotations
 
 from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.crdt.gateway_ledger import GatewayLedger, gateway_needs
 from ratelimit_sidecar.crdt.granted import GRANT_US, DrawReply, GrantedBucket, Needs
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.crdt.payment_policy import SHORTAGE_US, Ask, Pay
-from ratelimit_sidecar.crdt.regional import RegionalLedger, regional_needs
 from ratelimit_sidecar.crdt.shares import TOKEN, Membership, Shares
 
 KEY = b"k"
-LIMIT = Limit(100, 1_000_000, 100)
+LIMIT = TokenBucketLimit(100, 1_000_000, 100)
 NOW_US = 10**12
 END = 1
 
 
-def gateway() -> RegionalLedger:
+def gateway() -> GatewayLedger:
     shares = Shares(Membership(1, {"east": 1, "west": 1}), "east", NOW_US)
     shares.from_us = NOW_US
-    return RegionalLedger(shares, Origin("east", 1), lambda _key: LIMIT)
+    return GatewayLedger(shares, Origin("east", 1), lambda _key: LIMIT)
 
 
-def bucket_of(ledger: RegionalLedger) -> GrantedBucket:
+def bucket_of(ledger: GatewayLedger) -> GrantedBucket:
     bucket = ledger.bucket(KEY, LIMIT, NOW_US)
     assert isinstance(bucket, GrantedBucket)
     bucket.home = 50 * TOKEN
     return bucket
 
 
-def answered(ledger: RegionalLedger, now_us: int, *, tokens: int = 0, room: int = 0, left: int = 0) -> Needs:
+def answered(ledger: GatewayLedger, now_us: int, *, tokens: int = 0, room: int = 0, left: int = 0) -> Needs:
     """A call to the account, and what that grants."""
     bucket = bucket_of(ledger)
-    needs = regional_needs(bucket, now_us)
+    needs = gateway_needs(bucket, now_us)
     assert needs is not None
     request = bucket.draw(needs)
     bucket.grant_received(
@@ -40,7 +40,7 @@ def answered(ledger: RegionalLedger, now_us: int, *, tokens: int = 0, room: int 
     return needs
 
 
-def asks(ledger: RegionalLedger, now_us: int) -> dict[str, dict[bytes, Ask]]:
+def asks(ledger: GatewayLedger, now_us: int) -> dict[str, dict[bytes, Ask]]:
     return ledger.tick({"west": END}, now_us, 16, 1_000)
 
 
@@ -59,10 +59,10 @@ def test_what_is_paid_goes_into_the_account() -> None:
     ledger.note_short(KEY, NOW_US, 50_000)
     answered(ledger, NOW_US, room=30)
     asks(ledger, NOW_US)
-    assert ledger.paid("west", END, KEY, Pay(20 * TOKEN, 0), NOW_US)
+    assert ledger.receive_payment("west", END, KEY, Pay(20 * TOKEN, 0), NOW_US)
     bucket = bucket_of(ledger)
     assert bucket.held == 20
-    needs = regional_needs(bucket, NOW_US)
+    needs = gateway_needs(bucket, NOW_US)
     assert needs is not None
     request = bucket.draw(needs)
     assert (request.ends, request.back, request.kept) == (30, 20, 0)
@@ -73,7 +73,7 @@ def test_a_payment_after_the_grant_has_ended_does_not_count() -> None:
     ledger.note_short(KEY, NOW_US, 50_000)
     answered(ledger, NOW_US, room=30)
     asks(ledger, NOW_US)
-    ledger.paid("west", END, KEY, Pay(20 * TOKEN, 0), NOW_US + GRANT_US)
+    ledger.receive_payment("west", END, KEY, Pay(20 * TOKEN, 0), NOW_US + GRANT_US)
     assert bucket_of(ledger).held == 0
 
 
@@ -119,6 +119,6 @@ def test_when_nobody_asks_any_more_all_goes_back() -> None:
     answered(ledger, NOW_US, left=40)
     answered(ledger, NOW_US, tokens=10, left=30)
     later_us = NOW_US + SHORTAGE_US
-    assert answered(ledger, later_us).most == 0
+    assert answered(ledger, later_us).max_held == 0
     assert bucket_of(ledger).held == 0
-    assert regional_needs(bucket_of(ledger), later_us) is None
+    assert gateway_needs(bucket_of(ledger), later_us) is None

@@ -16,13 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from server.raw_http2 import client_connection
 
-from ratelimit_sidecar.server import http2, session
+from ratelimit_sidecar.server import grpc_connection, http2_session
+from ratelimit_sidecar.server.bounds import DEFAULT_BOUNDS, MAX_HEADER_BYTES, MAX_MESSAGE_BYTES
 from ratelimit_sidecar.server.budget import Budget
 from ratelimit_sidecar.server.events import Call, StreamCancelled, StreamData, StreamStarted
 from ratelimit_sidecar.server.framing import frame
 from ratelimit_sidecar.server.front_end_counts import FrontEndCounts
-from ratelimit_sidecar.server.http2 import Connection
-from ratelimit_sidecar.server.limits import DEFAULT_LIMITS, MAX_HEADER_BYTES, MAX_MESSAGE_BYTES
+from ratelimit_sidecar.server.grpc_connection import Connection
 from ratelimit_sidecar.server.rpc import Code, RpcError, StreamingMethod
 
 PATH = "/test.Echo/Echo"
@@ -62,16 +62,16 @@ def raw_frame(kind: int, stream_id: int = 0, payload: bytes = b"", flags: int = 
 class Pair:
     """A client and the server's connection to it, wired together."""
 
-    budget: Budget = field(default_factory=lambda: Budget(DEFAULT_LIMITS.held_bytes))
+    budget: Budget = field(default_factory=lambda: Budget(DEFAULT_BOUNDS.held_bytes))
     counts: FrontEndCounts = field(default_factory=FrontEndCounts)
-    limits: dict[str, float] = field(default_factory=dict)
+    bounds: dict[str, float] = field(default_factory=dict)
     age_s: float | None = None
     shake_hands: bool = True
 
     def __post_init__(self) -> None:
         self.server = Connection(
             {PATH.encode(): echo, STREAM_PATH.encode(): StreamingMethod(echo_stream)},
-            replace(DEFAULT_LIMITS, **self.limits),
+            replace(DEFAULT_BOUNDS, **self.bounds),
             self.budget,
             self.counts,
             now_s=0.0,
@@ -191,7 +191,7 @@ def test_the_windows_are_given_back_however_a_call_ends() -> None:
     pair = Pair()
     for _ in range(40):
         stream_id = pair.open()
-        for _ in range(http2.STREAM_WINDOW // 16_384):
+        for _ in range(grpc_connection.STREAM_WINDOW // 16_384):
             pair.client.send_data(stream_id, bytes(16_384))
         pair.exchange()
         pair.client.reset_stream(stream_id)
@@ -245,7 +245,7 @@ def test_what_a_streaming_call_has_not_used_keeps_its_room_though_its_client_is_
     for stream_id in range(1, 41, 2):
         pair.server.finish(stream_id, None)
     pair.exchange()
-    assert pair.client.outbound_flow_control_window > http2.CONNECTION_WINDOW // 2
+    assert pair.client.outbound_flow_control_window > grpc_connection.CONNECTION_WINDOW // 2
 
 
 def test_a_streaming_call_that_its_client_resets_is_lost() -> None:
@@ -272,11 +272,11 @@ def test_a_stream_whose_client_has_not_ended_its_side_is_reset_behind_its_traile
     assert isinstance(trailers, h2.events.TrailersReceived)
     assert isinstance(ended, h2.events.StreamEnded)
     assert isinstance(reset, h2.events.StreamReset)
-    assert (reset.stream_id, reset.error_code) == (stream_id, http2.NO_ERROR)
+    assert (reset.stream_id, reset.error_code) == (stream_id, grpc_connection.NO_ERROR)
 
 
 def test_a_reset_does_not_overtake_what_its_client_has_no_room_for() -> None:
-    pair = Pair(limits={"stalled": 10})
+    pair = Pair(bounds={"stalled": 10})
     stream_id = pair.open(STREAM_HEADERS)
     pair.exchange()
     message = bytes(INITIAL_WINDOW - 5)
@@ -295,7 +295,7 @@ def test_a_reset_does_not_overtake_what_its_client_has_no_room_for() -> None:
 
 
 def test_a_stream_whose_client_takes_no_trailers_is_reset_after_a_while() -> None:
-    pair = Pair(limits={"stalled": 10})
+    pair = Pair(bounds={"stalled": 10})
     stream_id = pair.open(STREAM_HEADERS)
     pair.exchange()
     pair.server.send(stream_id, bytes(INITIAL_WINDOW - 5))
@@ -305,7 +305,7 @@ def test_a_stream_whose_client_takes_no_trailers_is_reset_after_a_while() -> Non
     assert pair.of(h2.events.StreamReset) == []
     pair.check(10.0)
     [reset] = pair.of(h2.events.StreamReset)
-    assert (reset.stream_id, reset.error_code) == (stream_id, http2.CANCEL)
+    assert (reset.stream_id, reset.error_code) == (stream_id, grpc_connection.CANCEL)
 
 
 def test_a_streaming_call_that_http_2_ends_is_lost_though_its_client_says_nothing_more() -> None:
@@ -338,15 +338,15 @@ def test_unread_parts_of_streaming_calls_are_bounded_for_all_connections_togethe
 
 def test_the_window_of_a_connection_is_whole_again_when_calls_end_unread() -> None:
     pair = Pair()
-    for _ in range(3 * http2.CONNECTION_WINDOW // http2.STREAM_WINDOW):
+    for _ in range(3 * grpc_connection.CONNECTION_WINDOW // grpc_connection.STREAM_WINDOW):
         stream_id = pair.open(STREAM_HEADERS)
-        for _ in range(http2.STREAM_WINDOW // 16_384):
+        for _ in range(grpc_connection.STREAM_WINDOW // 16_384):
             pair.client.send_data(stream_id, bytes(16_384))
         pair.client.reset_stream(stream_id)
         for event in pair.exchange():
             if isinstance(event, StreamData):
                 pair.server.acknowledge(event.stream_id, len(event.data))
-    assert pair.client.outbound_flow_control_window > http2.STREAM_WINDOW
+    assert pair.client.outbound_flow_control_window > grpc_connection.STREAM_WINDOW
     assert pair.budget.held == 0
 
 
@@ -354,7 +354,7 @@ def test_a_client_that_grants_room_for_each_message_of_a_stream_does_not_flood()
     pair = Pair()
     stream_id = pair.open(STREAM_HEADERS)
     pair.exchange()
-    for _ in range(2 * http2.CONTROL_FRAMES):
+    for _ in range(2 * grpc_connection.CONTROL_FRAMES):
         pair.server.send(stream_id, b"message")
         pair.server.output()
         granted = (len(frame(b"message"))).to_bytes(4, "big")
@@ -363,7 +363,7 @@ def test_a_client_that_grants_room_for_each_message_of_a_stream_does_not_flood()
 
 
 def test_a_slow_client_of_a_stream_that_is_refilled_at_once_is_not_stalled() -> None:
-    pair = Pair(limits={"stalled": 10})
+    pair = Pair(bounds={"stalled": 10})
     stream_id = pair.open(STREAM_HEADERS)
     pair.exchange()
     for _ in range(10):
@@ -379,7 +379,7 @@ def test_a_slow_client_of_a_stream_that_is_refilled_at_once_is_not_stalled() -> 
 
 
 def test_a_client_that_takes_nothing_of_a_stream_is_stalled_though_there_is_more_for_it() -> None:
-    pair = Pair(limits={"stalled": 10})
+    pair = Pair(bounds={"stalled": 10})
     stream_id = pair.open(STREAM_HEADERS)
     pair.exchange()
     for second in range(1, 13):
@@ -394,7 +394,7 @@ def test_a_client_that_takes_nothing_of_a_stream_is_stalled_though_there_is_more
 
 
 def test_a_client_that_says_nothing_is_disconnected_after_the_time_of_a_handshake() -> None:
-    pair = Pair(shake_hands=False, limits={"handshake": 2})
+    pair = Pair(shake_hands=False, bounds={"handshake": 2})
     pair.server.check(1.9)
     assert not pair.server.closed
     pair.server.check(2.0)
@@ -403,7 +403,7 @@ def test_a_client_that_says_nothing_is_disconnected_after_the_time_of_a_handshak
 
 
 def test_a_message_that_stops_in_the_middle_is_reset() -> None:
-    pair = Pair(limits={"body_idle": 10, "call": 30})
+    pair = Pair(bounds={"body_idle": 10, "call": 30})
     stream_id = pair.open()
     pair.client.send_data(stream_id, b"\0")
     pair.exchange()
@@ -417,7 +417,7 @@ def test_a_message_that_stops_in_the_middle_is_reset() -> None:
 
 
 def test_a_message_that_trickles_is_reset_after_the_time_of_a_call() -> None:
-    pair = Pair(limits={"body_idle": 10, "call": 30})
+    pair = Pair(bounds={"body_idle": 10, "call": 30})
     stream_id = pair.open()
     for second in range(30):
         pair.client.send_data(stream_id, b"\0")
@@ -429,7 +429,7 @@ def test_a_message_that_trickles_is_reset_after_the_time_of_a_call() -> None:
 
 
 def test_an_idle_connection_is_drained() -> None:
-    pair = Pair(limits={"idle": 100})
+    pair = Pair(bounds={"idle": 100})
     pair.check(50.0)
     pair.call()
     [call] = pair.exchange()
@@ -440,11 +440,11 @@ def test_an_idle_connection_is_drained() -> None:
     pair.check(160.0)
     assert pair.server.closed
     assert pair.counts.closed_connections["idle"] == 1
-    assert pair.goaway_code == http2.NO_ERROR
+    assert pair.goaway_code == grpc_connection.NO_ERROR
 
 
 def test_a_silent_client_of_a_streaming_call_is_asked_for_a_sign_of_life() -> None:
-    pair = Pair(limits={"ping_after": 60})
+    pair = Pair(bounds={"ping_after": 60})
     pair.open(STREAM_HEADERS)
     pair.check(1.0)
     # h2 answers the PING.
@@ -455,7 +455,7 @@ def test_a_silent_client_of_a_streaming_call_is_asked_for_a_sign_of_life() -> No
 
 
 def test_a_client_that_gives_no_sign_of_life_is_disconnected() -> None:
-    pair = Pair(limits={"ping_after": 60})
+    pair = Pair(bounds={"ping_after": 60})
     pair.open(STREAM_HEADERS)
     pair.check(1.0)
     for now_s in (2.0, 62.0, 121.9):
@@ -468,7 +468,7 @@ def test_a_client_that_gives_no_sign_of_life_is_disconnected() -> None:
 
 
 def test_an_old_connection_is_drained_and_gets_time_for_its_calls() -> None:
-    pair = Pair(age_s=100.0, limits={"age_grace": 50, "call": 1_000, "body_idle": 1_000})
+    pair = Pair(age_s=100.0, bounds={"age_grace": 50, "call": 1_000, "body_idle": 1_000})
     pair.open()
     pair.check(99.0)
     assert pair.of(h2.events.ConnectionTerminated) == []
@@ -483,7 +483,7 @@ def test_an_old_connection_is_drained_and_gets_time_for_its_calls() -> None:
 
 
 def test_a_drain_says_its_last_word_though_the_client_answers_no_ping() -> None:
-    pair = Pair(limits={"goaway_ping": 1})
+    pair = Pair(bounds={"goaway_ping": 1})
     pair.open()
     pair.exchange()
     pair.server.check(5.0)
@@ -533,7 +533,7 @@ def test_many_greedy_connections_leave_room_for_a_modest_one() -> None:
         for _ in range(100):
             greedy.open()
         greedy.exchange()
-    modest = Pair(budget=budget, limits={"stalled": 10})
+    modest = Pair(budget=budget, bounds={"stalled": 10})
     stream_id = modest.call(bytes(1_000))
     [call] = modest.exchange()
     modest.server.answer(call, b"answered")
@@ -562,7 +562,7 @@ def test_answers_that_the_client_lets_wait_count_as_unfinished_calls_do() -> Non
     budget = Budget(1_000_000)
     pair = Pair(budget=budget)
     calls_without_window(pair, 4, 10_000)
-    assert budget.held == 4 * (10_000 + http2.PREFIX_BYTES + http2.CALL_BYTES)
+    assert budget.held == 4 * (10_000 + grpc_connection.PREFIX_BYTES + grpc_connection.CALL_BYTES)
     pair.client.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: 1_000_000})
     pair.exchange()
     assert budget.held == 0
@@ -576,7 +576,7 @@ def test_a_client_that_lets_more_wait_than_it_may_is_disconnected_at_once() -> N
         calls_without_window(pair, 1_000, 5_000)
         assert pair.server.closed
         assert pair.counts.closed_connections["stalled"] == 1
-        assert pair.goaway_code == http2.ENHANCE_YOUR_CALM
+        assert pair.goaway_code == grpc_connection.ENHANCE_YOUR_CALM
         assert budget.held <= 1_000_000
         pair.server.release()
     assert budget.held == 0
@@ -598,7 +598,7 @@ def test_bytes_that_wait_to_be_handled_count_and_too_many_end_the_connection() -
 
 @pytest.mark.native
 def test_a_client_whose_headers_stop_in_the_middle_is_disconnected() -> None:
-    pair = Pair(limits={"body_idle": 10})
+    pair = Pair(bounds={"body_idle": 10})
     pair.call()
     pair.exchange()
     pair.check(1.0)
@@ -616,7 +616,7 @@ def test_small_answers_that_wait_count_with_their_calls() -> None:
     pair = Pair(budget=budget)
     calls = calls_without_window(pair, 1_000, 1)
     assert pair.server.closed
-    assert len(calls) <= 1_000_000 // 8 // http2.CALL_BYTES + 1
+    assert len(calls) <= 1_000_000 // 8 // grpc_connection.CALL_BYTES + 1
 
 
 def test_the_headers_of_a_call_are_not_kept_until_its_answer_is_taken() -> None:
@@ -627,7 +627,7 @@ def test_the_headers_of_a_call_are_not_kept_until_its_answer_is_taken() -> None:
 
 
 def test_a_client_that_takes_a_byte_now_and_then_is_disconnected() -> None:
-    pair = Pair(limits={"stalled": 10})
+    pair = Pair(bounds={"stalled": 10})
     calls_without_window(pair, 3, 10_000)
     for second in range(1, 13):
         pair.client.increment_flow_control_window(1, 1)
@@ -638,7 +638,7 @@ def test_a_client_that_takes_a_byte_now_and_then_is_disconnected() -> None:
 
 
 def test_a_client_that_takes_all_in_time_stays_though_more_waits_all_the_while() -> None:
-    pair = Pair(limits={"stalled": 10})
+    pair = Pair(bounds={"stalled": 10})
     calls_without_window(pair, 1, 1_000)
     streams = [1]
     for second in range(1, 60):
@@ -654,7 +654,7 @@ def test_a_client_that_takes_all_in_time_stays_though_more_waits_all_the_while()
 
 
 def test_a_client_that_grants_no_room_for_its_answers_is_disconnected() -> None:
-    pair = Pair(limits={"stalled": 10})
+    pair = Pair(bounds={"stalled": 10})
     pair.client.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: 0})
     pair.call()
     [call] = pair.exchange()
@@ -665,7 +665,7 @@ def test_a_client_that_grants_no_room_for_its_answers_is_disconnected() -> None:
     pair.check(11.0)
     assert pair.server.closed
     assert pair.counts.closed_connections["stalled"] == 1
-    assert pair.goaway_code == http2.ENHANCE_YOUR_CALM
+    assert pair.goaway_code == grpc_connection.ENHANCE_YOUR_CALM
 
 
 @pytest.mark.parametrize(
@@ -682,13 +682,13 @@ def test_frames_that_carry_nothing_are_not_taken_for_ever(flood: bytes) -> None:
     sent = 0
     last = b""
     while not pair.server.closed:
-        assert sent < 2 * http2.CONTROL_FRAMES
+        assert sent < 2 * grpc_connection.CONTROL_FRAMES
         pair.server.receive(flood * 100)
         last = pair.server.output()
         sent += 100
     pair.events += pair.client.receive_data(last[-17:])
     assert pair.counts.closed_connections["flood"] == 1
-    assert pair.goaway_code == http2.ENHANCE_YOUR_CALM
+    assert pair.goaway_code == grpc_connection.ENHANCE_YOUR_CALM
 
 
 def test_empty_data_frames_are_not_taken_for_ever() -> None:
@@ -697,7 +697,7 @@ def test_empty_data_frames_are_not_taken_for_ever() -> None:
     pair.exchange()
     sent = 0
     while not pair.server.closed:
-        assert sent < 2 * http2.CONTROL_FRAMES
+        assert sent < 2 * grpc_connection.CONTROL_FRAMES
         pair.server.receive(raw_frame(EMPTY_DATA, stream_id) * 100)
         pair.server.output()
         sent += 100
@@ -709,7 +709,7 @@ def test_empty_data_frames_are_not_taken_for_ever() -> None:
 def test_resets_do_not_end_the_other_calls_of_a_proxy(reads: int) -> None:
     """A proxy passes on what its clients open and reset; nothing is left of it here (CVE-2023-44487)."""
     pair = Pair()
-    for _ in range(http2.CONTROL_FRAMES + 2_000):
+    for _ in range(grpc_connection.CONTROL_FRAMES + 2_000):
         stream_id = pair.open()
         if reads == 2:
             pair.server.receive(pair.client.data_to_send())
@@ -726,7 +726,7 @@ def test_resets_do_not_end_the_other_calls_of_a_proxy(reads: int) -> None:
 def test_as_many_resets_as_an_envoy_sends_after_a_stall_are_taken() -> None:
     pair = Pair()
     for _ in range(8):
-        streams = [pair.open() for _ in range(int(DEFAULT_LIMITS.streams))]
+        streams = [pair.open() for _ in range(int(DEFAULT_BOUNDS.streams))]
         pair.exchange()
         for stream_id in streams:
             pair.client.reset_stream(stream_id)
@@ -737,7 +737,7 @@ def test_as_many_resets_as_an_envoy_sends_after_a_stall_are_taken() -> None:
 def test_pings_between_calls_are_no_flood() -> None:
     pair = Pair()
     pair.client.increment_flow_control_window(2**30)
-    for _ in range(http2.CONTROL_FRAMES + 100):
+    for _ in range(grpc_connection.CONTROL_FRAMES + 100):
         pair.client.ping(b"12345678")
         pair.call()
         [call] = pair.server.receive(pair.client.data_to_send())
@@ -758,7 +758,7 @@ def test_headers_without_an_end_are_not_taken_for_ever() -> None:
         last = pair.server.output()
     assert pair.server.closed
     pair.events += pair.client.receive_data(last[-17:])
-    assert pair.goaway_code in (http2.ENHANCE_YOUR_CALM, http2.PROTOCOL_ERROR)
+    assert pair.goaway_code in (grpc_connection.ENHANCE_YOUR_CALM, grpc_connection.PROTOCOL_ERROR)
 
 
 def test_a_header_list_of_the_largest_size_is_taken_and_a_larger_one_refused() -> None:
@@ -770,11 +770,11 @@ def test_a_header_list_of_the_largest_size_is_taken_and_a_larger_one_refused() -
     assert len(pair.exchange()) == 1
     pair.client.send_headers(pair.client.get_next_available_stream_id(), [*HEADERS, *names, *names[:10]])
     pair.exchange()
-    if session.IS_NATIVE:
+    if http2_session.IS_NATIVE:
         assert statuses(pair) == [Code.RESOURCE_EXHAUSTED]
         assert not pair.server.closed
     else:
-        assert pair.goaway_code == http2.ENHANCE_YOUR_CALM
+        assert pair.goaway_code == grpc_connection.ENHANCE_YOUR_CALM
 
 
 def test_headers_of_many_times_the_largest_size_are_reset_before_they_end() -> None:
@@ -782,13 +782,13 @@ def test_headers_of_many_times_the_largest_size_are_reset_before_they_end() -> N
     pair = Pair()
     stream_id = pair.open([*HEADERS, *[("x-long", "v" * 3_000)] * 150])
     pair.exchange()
-    if session.IS_NATIVE:
+    if http2_session.IS_NATIVE:
         [reset] = pair.of(h2.events.StreamReset)
         assert reset.stream_id == stream_id
         pair.call()
         assert len(pair.exchange()) == 1
     else:
-        assert pair.goaway_code == http2.ENHANCE_YOUR_CALM
+        assert pair.goaway_code == grpc_connection.ENHANCE_YOUR_CALM
 
 
 @pytest.mark.native
@@ -863,7 +863,7 @@ def test_a_client_whose_headers_hold_too_much_memory_before_they_end_is_disconne
 
 @pytest.mark.native
 def test_a_client_whose_headers_stop_is_disconnected_though_another_call_ends_meanwhile() -> None:
-    pair = Pair(limits={"body_idle": 10})
+    pair = Pair(bounds={"body_idle": 10})
     pair.call()
     sent = pair.client.data_to_send()
     pair.open()
@@ -888,7 +888,7 @@ def test_a_connection_that_breaks_http2_is_told_how() -> None:
     pair = Pair()
     pair.send_raw(raw_frame(EMPTY_DATA, 0, b"data on stream 0"))
     assert pair.server.closed
-    assert pair.goaway_code == http2.PROTOCOL_ERROR
+    assert pair.goaway_code == grpc_connection.PROTOCOL_ERROR
     assert pair.counts.closed_connections["protocol_error"] == 1
 
 
@@ -915,7 +915,7 @@ def test_a_client_that_says_goodbye_is_let_go() -> None:
     )
 )
 def test_whatever_happens_what_calls_hold_is_given_back(steps: list[tuple]) -> None:
-    pair = Pair(budget=Budget(2_000_000), limits={"body_idle": 10, "call": 30})
+    pair = Pair(budget=Budget(2_000_000), bounds={"body_idle": 10, "call": 30})
     streams: list[int] = []
     now_s = 0.0
     for step, *arguments in steps:

@@ -1,7 +1,7 @@
 """One HTTP/2 connection of a gRPC server, without I/O or clock: received bytes in, calls out, bytes to send.
 
-nghttp2 does HTTP/2 itself, behind `session.Session`. This file has gRPC's rules for it (PROTOCOL-HTTP2.md) and the
-bounds that no client can exceed.
+nghttp2 does HTTP/2 itself, behind `http2_session.Session`. This file has gRPC's rules for it (PROTOCOL-HTTP2.md) and
+the bounds that no client can exceed.
 
 Theory of operation. `receive` takes bytes from the network and returns the events in order. A unary call is one `Call`
 event (`events.py`) when its message is complete; until then it waits here. A streaming call is a `StreamStarted` event
@@ -20,13 +20,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
+from ratelimit_sidecar.server.bounds import MAX_HEADER_BYTES, MAX_STREAMED_BYTES, ServerBounds
 from ratelimit_sidecar.server.budget import Budget
 from ratelimit_sidecar.server.events import Call, Event, StreamCancelled, StreamData, StreamStarted
 from ratelimit_sidecar.server.framing import MAX_BODY_BYTES, PREFIX_BYTES, percent_encode, too_large, unframe
 from ratelimit_sidecar.server.front_end_counts import FrontEndCounts
-from ratelimit_sidecar.server.limits import MAX_HEADER_BYTES, MAX_STREAMED_BYTES, Limits
+from ratelimit_sidecar.server.http2_session import OK_TRAILERS, BrokenSession, Request, Session
 from ratelimit_sidecar.server.rpc import Code, Handler, RpcError, StreamingMethod
-from ratelimit_sidecar.server.session import OK_TRAILERS, BrokenSession, Request, Session
 
 Headers = tuple[tuple[bytes, bytes], ...]
 
@@ -102,7 +102,7 @@ class Connection:
     def __init__(
         self,
         handlers: Mapping[bytes, Handler],
-        limits: Limits,
+        bounds: ServerBounds,
         budget: Budget,
         counts: FrontEndCounts,
         *,
@@ -114,11 +114,11 @@ class Connection:
         self.closed = False
         """True when nothing more is received. Close the transport once the last output is sent."""
         self._handlers = handlers
-        self._limits = limits
+        self._bounds = bounds
         self._budget = budget
         self._counts = counts
         self._session = Session(
-            max_streams=limits.streams,
+            max_streams=bounds.streams,
             stream_window=STREAM_WINDOW,
             connection_window=CONNECTION_WINDOW,
             max_header_bytes=MAX_HEADER_BYTES,
@@ -588,10 +588,10 @@ class Connection:
             self._received_s = now_s
         self._credit = min(CONTROL_FRAMES, self._credit + CONTROL_FRAMES_A_CHECK)
         if not self._session.has_settings:
-            if now_s - self._began_s >= self._limits.handshake:
+            if now_s - self._began_s >= self._bounds.handshake:
                 self.terminate(PROTOCOL_ERROR, "handshake")
             return
-        if self._is_draining and now_s - self._drain_ping_s >= self._limits.goaway_ping:
+        if self._is_draining and now_s - self._drain_ping_s >= self._bounds.goaway_ping:
             self._send_final_goaway()
         self._check_calls(now_s)
         self._check_headers(now_s)
@@ -600,15 +600,15 @@ class Connection:
         self._check_age(now_s)
 
     def _check_calls(self, now_s: float) -> None:
-        limits = self._limits
+        bounds = self._bounds
         for call in list(self._incomplete.values()):
-            if now_s - call.began_s >= limits.call:
+            if now_s - call.began_s >= bounds.call:
                 self._reset(call, "too_slow")
-            elif now_s - call.received_s >= limits.body_idle:
+            elif now_s - call.received_s >= bounds.body_idle:
                 self._reset(call, "body_idle")
         while self._half_closed:
             stream_id, (request, since_s) = next(iter(self._half_closed.items()))
-            if now_s - since_s < limits.stalled:
+            if now_s - since_s < bounds.stalled:
                 return
             del self._half_closed[stream_id]
             self._session.reset(request, CANCEL)
@@ -622,7 +622,7 @@ class Connection:
         """Disconnect a client whose headers stop in the middle: nothing else can come before the rest of them."""
         if not self._session.is_amid_headers:
             self._amid_headers_since_s = now_s
-        elif now_s - self._amid_headers_since_s >= self._limits.body_idle:
+        elif now_s - self._amid_headers_since_s >= self._bounds.body_idle:
             self.terminate(PROTOCOL_ERROR, "stalled")
 
     def _check_output(self, now_s: float) -> None:
@@ -631,19 +631,19 @@ class Connection:
         if not session.unsent or session.taken >= self._due:
             self._untaken_since_s = now_s
             self._due = session.taken + session.unsent
-        elif now_s - self._untaken_since_s >= self._limits.stalled:
+        elif now_s - self._untaken_since_s >= self._bounds.stalled:
             self.terminate(ENHANCE_YOUR_CALM, "stalled")
 
     def _check_silence(self, now_s: float) -> None:
-        limits = self._limits
+        bounds = self._bounds
         silent_s = now_s - self._received_s
         if self._streaming:
-            if silent_s >= 2 * limits.ping_after:
+            if silent_s >= 2 * bounds.ping_after:
                 self.terminate(NO_ERROR, "silent")
-            elif silent_s >= limits.ping_after and not self._has_pinged:
+            elif silent_s >= bounds.ping_after and not self._has_pinged:
                 self._has_pinged = True
                 self._session.ping(_KEEPALIVE_PING)
-        elif silent_s >= limits.idle and not self._is_draining:
+        elif silent_s >= bounds.idle and not self._is_draining:
             self._counts.closed_connections["idle"] += 1
             self.drain()
 
@@ -656,7 +656,7 @@ class Connection:
         if not self._is_draining:
             self._counts.closed_connections["age"] += 1
             self.drain()
-        elif age_s >= self._age_s + self._limits.age_grace:
+        elif age_s >= self._age_s + self._bounds.age_grace:
             self.terminate(NO_ERROR, "drain")
 
     def _note_end(self) -> None:

@@ -23,7 +23,7 @@ MAX_HEADER_BYTES: Final = 131_072
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class ServerBounds:
     """The bounds of one front end. Times are in seconds.
 
     Args:
@@ -65,4 +65,4 @@ class Limits:
     check_every: float = 0.5
 
 
-DEFAULT_LIMITS: Final = Limits()
+DEFAULT_BOUNDS: Final = ServerBounds()

@@ -14,12 +14,12 @@ from math import ceil
 from typing import Any, Final, NamedTuple
 
 from ratelimit_sidecar.crdt.bucket import Bucket
-from ratelimit_sidecar.crdt.limit import AnyLimit, Limit
+from ratelimit_sidecar.crdt.limit import AnyLimit, TokenBucketLimit
 from ratelimit_sidecar.envoy_api.envoy.config.core.v3.base_pb2 import HeaderValue
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitResponse
 from ratelimit_sidecar.envoy_api.envoy.type.v3.ratelimit_unit_pb2 import RateLimitUnit
 from ratelimit_sidecar.limiter.key import readable
-from ratelimit_sidecar.limiter.plan import Plan, Step
+from ratelimit_sidecar.limiter.plan import Plan, PlannedTake
 from ratelimit_sidecar.limiter.request import Override, Request
 from ratelimit_sidecar.limiter.rules import Rule
 from ratelimit_sidecar.limiter.settings import AnswerSettings, ResponseHeaders
@@ -37,14 +37,14 @@ _OLD_HEADERS: Final = ResponseHeaders()
 class _LimitMet(NamedTuple):
     """The outcome of a descriptor that has a limit."""
 
-    step: Step
+    take: PlannedTake
     rule: Rule
     bucket: Bucket
     is_denied: bool
 
     @property
     def retry_after_us(self) -> int:
-        return self.bucket.retry_after_us(self.step.hits)
+        return self.bucket.retry_after_us(self.take.hits)
 
 
 class Decorations:
@@ -65,7 +65,7 @@ class Decorations:
         """Add all decorations to an answer.
 
         Args:
-            buckets: one for each step, after the decision; None for a step that is not limited.
+            buckets: one for each take, after the decision; None for one that is not limited.
             in_full: True to treat all limits as wanted, and each rule as if it had `retry_after`.
         """
         names = self._settings.response_headers
@@ -109,8 +109,8 @@ class Decorations:
         ]
         over = [
             status
-            for step, status in zip(plan.steps, response.statuses, strict=True)
-            if status.code == _OVER_LIMIT and not step.compiled.is_quota
+            for take, status in zip(plan.takes, response.statuses, strict=True)
+            if status.code == _OVER_LIMIT and not take.compiled.in_quota_mode
         ]
         if not limited:
             return
@@ -125,9 +125,9 @@ class Decorations:
 
 def _limits_met(response: RateLimitResponse, plan: Plan, buckets: Sequence[Bucket | None]) -> list[_LimitMet]:
     return [
-        _LimitMet(step, step.rule, bucket, status.code == _OVER_LIMIT)
-        for step, bucket, status in zip(plan.steps, buckets, response.statuses, strict=True)
-        if step.rule is not None and bucket is not None
+        _LimitMet(take, take.rule, bucket, status.code == _OVER_LIMIT)
+        for take, bucket, status in zip(plan.takes, buckets, response.statuses, strict=True)
+        if take.rule is not None and bucket is not None
     ]
 
 
@@ -156,7 +156,7 @@ def _add_headers(response: RateLimitResponse, *headers: tuple[str, object]) -> N
     response.response_headers_to_add.extend([HeaderValue(key=name, value=str(value)) for name, value in headers])
 
 
-def metadata_of_request(request: Request, steps: Sequence[Step]) -> dict[str, object]:
+def metadata_of_request(request: Request, takes: Sequence[PlannedTake]) -> dict[str, object]:
     """Dynamic metadata about a request, in the shape of envoyproxy/ratelimit: hits and limits only if the request has
     them.
 
@@ -167,15 +167,15 @@ def metadata_of_request(request: Request, steps: Sequence[Step]) -> dict[str, ob
     # Convert each text once, however many descriptors have it.
     texts = {text for descriptor in request.descriptors for entry in descriptor.entries for text in entry}
     shown = {text: readable(text[:MAX_SHOWN_CHARS]) for text in texts}
-    for descriptor, step in zip(request.descriptors, steps, strict=True):
+    for descriptor, take in zip(request.descriptors, takes, strict=True):
         said: dict[str, object] = {"entries": [f"{shown[key]}={shown[value]}" for key, value in descriptor.entries]}
         if descriptor.limit is not None:
             said["limit"] = _override_text(descriptor.limit)
         if descriptor.hits is not None:
             said["hitsAddend"] = descriptor.hits
         asked.append(said)
-        taken: dict[str, object] = {"hits": step.hits}
-        rule = step.rule
+        taken: dict[str, object] = {"hits": take.hits}
+        rule = take.rule
         if rule is not None:
             taken["rule"] = readable(rule.name)
             if rule.unit is not None:
@@ -205,9 +205,9 @@ def _override_text(override: Override) -> str:
 def _metadata_of_rules(response: RateLimitResponse, plan: Plan) -> dict[str, Any]:
     """The metadata of the rules that admitted, merged."""
     merged: dict[str, Any] = {}
-    for step, status in zip(plan.steps, response.statuses, strict=True):
-        if step.rule is not None and status.code != _OVER_LIMIT:
-            merged = _merge(merged, step.rule.metadata)
+    for take, status in zip(plan.takes, response.statuses, strict=True):
+        if take.rule is not None and status.code != _OVER_LIMIT:
+            merged = _merge(merged, take.rule.metadata)
     return merged
 
 
@@ -227,7 +227,7 @@ def _seconds(duration_us: int) -> int:
 
 def _window_seconds(limit: AnyLimit) -> int:
     """A window's length, or the time in which an empty bucket refills."""
-    if isinstance(limit, Limit):
+    if isinstance(limit, TokenBucketLimit):
         return max(1, _seconds(limit.ceiling // limit.tokens))
     return _seconds(limit.period_us)
 

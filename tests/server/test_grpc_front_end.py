@@ -13,10 +13,10 @@ from server.front_ends import ECHO, echo, running
 from server.raw_http2 import GRPC_HEADERS, connected, reluctant
 from server.work_clock import PerTurn
 
+from ratelimit_sidecar.server.bounds import MAX_MESSAGE_BYTES
 from ratelimit_sidecar.server.framing import frame
-from ratelimit_sidecar.server.h2 import DRAINED_AT_ONCE
-from ratelimit_sidecar.server.http2 import Connection
-from ratelimit_sidecar.server.limits import MAX_MESSAGE_BYTES
+from ratelimit_sidecar.server.grpc_connection import Connection
+from ratelimit_sidecar.server.grpc_front_end import DRAINED_AT_ONCE
 from ratelimit_sidecar.server.rpc import Code, Metadata, RpcError
 from ratelimit_sidecar.server.turns import QUANTUM_NS
 

@@ -9,9 +9,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 
 from ratelimit_sidecar.server.accepting import clients_of
+from ratelimit_sidecar.server.bounds import DEFAULT_BOUNDS, ServerBounds
 from ratelimit_sidecar.server.budget import AddressBudget
 from ratelimit_sidecar.server.grpc_protocol import FrontEndState, GrpcProtocol
-from ratelimit_sidecar.server.limits import DEFAULT_LIMITS, Limits
 from ratelimit_sidecar.server.listeners import UNIX_PREFIX, Listener, listen, load_certificate
 from ratelimit_sidecar.server.rpc import SHUTTING_DOWN, Handlers
 from ratelimit_sidecar.server.tls import ServerCertificate
@@ -34,7 +34,7 @@ one by one.
 """
 
 
-class H2FrontEnd:
+class GrpcFrontEnd:
     """The default `FrontEnd` (see `server.front_end`).
 
     Args:
@@ -48,16 +48,16 @@ class H2FrontEnd:
         handlers: Handlers,
         addresses: Sequence[str],
         *,
-        limits: Limits = DEFAULT_LIMITS,
+        bounds: ServerBounds = DEFAULT_BOUNDS,
         certificate: ServerCertificate | None = None,
         turns: Turns | None = None,
     ) -> None:
         self.ready = asyncio.Event()
-        self._limits = limits
+        self._bounds = bounds
         self._certificate = certificate
         self._tasks = asyncio.TaskGroup()
         self._shared = FrontEndState(
-            {path.encode(): handler for path, handler in handlers.items()}, limits, self._tasks, turns or Turns()
+            {path.encode(): handler for path, handler in handlers.items()}, bounds, self._tasks, turns or Turns()
         )
         self._configured = addresses
         self._listeners: list[Listener] = []
@@ -172,7 +172,7 @@ class H2FrontEnd:
             began_s: when the client connected.
             certificate: None for plain text.
         """
-        age_s = self._limits.age
+        age_s = self._bounds.age
         if age_s is not None:
             age_s *= random.uniform(1 - AGE_JITTER, 1 + AGE_JITTER)
         self._shared.now_s = began_s
@@ -181,7 +181,7 @@ class H2FrontEnd:
     async def _check(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            await asyncio.sleep(self._limits.check_every)
+            await asyncio.sleep(self._bounds.check_every)
             self._shared.now_s = loop.time()
             self._note_shedding()
             began_s = time.perf_counter()
@@ -223,7 +223,7 @@ class H2FrontEnd:
             connection.drain()
             done = await _yield_after(done)
         try:
-            async with asyncio.timeout(self._limits.drain):
+            async with asyncio.timeout(self._bounds.drain):
                 await self._until_all_are_lost()
         except TimeoutError:
             for connection in self._connections():

@@ -7,7 +7,7 @@ from typing import Final
 
 
 @dataclass(frozen=True, slots=True)
-class HttpLimits:
+class HttpBounds:
     """The bounds of one HTTP server. Times are in seconds.
 
     Args:
@@ -41,4 +41,4 @@ class HttpLimits:
     cancel: float = 1.0
 
 
-DEFAULT_LIMITS: Final = HttpLimits()
+DEFAULT_BOUNDS: Final = HttpBounds()

@@ -7,7 +7,7 @@ from typing import Final
 
 
 @dataclass(frozen=True, slots=True)
-class MeshLimits:
+class MeshBounds:
     """The bounds of one node's mesh. Times are in seconds.
 
     Args:
@@ -47,4 +47,4 @@ class MeshLimits:
     goodbye: float = 1.0
 
 
-DEFAULT_LIMITS: Final = MeshLimits()
+DEFAULT_BOUNDS: Final = MeshBounds()

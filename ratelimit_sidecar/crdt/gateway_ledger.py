@@ -14,95 +14,105 @@ from collections.abc import Mapping
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.granted import GrantedBucket, GrantLedger, Needs
-from ratelimit_sidecar.crdt.limit import Limit
+from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.crdt.payment_policy import PAY_AHEAD_US, REPORT_US, RESERVE_SHIFT, SHORTAGE_US, Ask, Pay
 from ratelimit_sidecar.crdt.shares import TOKEN
 from ratelimit_sidecar.crdt.store import StoreFull
 from ratelimit_sidecar.crdt.strict import NEVER_US, StrictBucket
 
 
-class RegionalBucket(GrantedBucket):
+class GatewayBucket(GrantedBucket):
     """The gateway's bucket of a strict limit. It counts as short while a sidecar of the region denied something lately,
-    which it learns through `RegionalLedger.note_short`.
+    which it learns through `GatewayLedger.note_short`.
     """
 
     __slots__ = ("asked", "asked_us")
 
     def __init__(
-        self, key: bytes, limit: Limit, origin: Origin, now_us: int, *, active: deque[StrictBucket] | None = None
+        self,
+        key: bytes,
+        limit: TokenBucketLimit,
+        origin: Origin,
+        strict_us: int,
+        *,
+        active: deque[StrictBucket] | None = None,
     ) -> None:
         self.asked, self.asked_us = 0, NEVER_US
         """Tokens that another member asked for last, and when."""
-        super().__init__(key, limit, origin, now_us, active=active)
+        super().__init__(key, limit, origin, strict_us, active=active)
 
-    def is_idle(self, now_us: int) -> bool:
+    def is_idle(self, strict_us: int) -> bool:
         # What a member has paid is kept in mind until it can have refilled all of it.
         refilled_us = self._limit.ceiling // self._limit.tokens
-        return super().is_idle(now_us) and all(now_us - at_us >= refilled_us for _, at_us in self._lacking.values())
+        return super().is_idle(strict_us) and all(
+            strict_us - at_us >= refilled_us for _, at_us in self._lacking.values()
+        )
 
 
-def regional_needs(bucket: GrantedBucket, now_us: int) -> Needs | None:
+def gateway_needs(bucket: GrantedBucket, strict_us: int) -> Needs | None:
     """See `crdt.draw_policy.draw_needs`."""
-    assert isinstance(bucket, RegionalBucket)
+    assert isinstance(bucket, GatewayBucket)
     limit = bucket.limit
-    if now_us - bucket.denied_us < SHORTAGE_US:
+    if strict_us - bucket.denied_us < SHORTAGE_US:
         return Needs(0, 0, limit.capacity, -(-limit.tokens * PAY_AHEAD_US // limit.period_us))
-    if now_us - bucket.asked_us < REPORT_US:
+    if strict_us - bucket.asked_us < REPORT_US:
         spare = bucket.left - (bucket.home // TOKEN >> RESERVE_SHIFT)
         return Needs(max(0, min(bucket.asked, spare) - bucket.held), bucket.asked)
     return Needs(0, 0) if bucket.granted else None
 
 
-class RegionalLedger(GrantLedger):
+class GatewayLedger(GrantLedger):
     """The buckets of a gateway, for the time that it is one. It is the ledger of its mesh (`replication.payments`), and
-    draws like that of a sidecar, by `regional_needs`.
+    draws like that of a sidecar, by `gateway_needs`.
     """
 
-    def _new_bucket(self, key: bytes, limit: Limit, now_us: int) -> GrantedBucket:
-        return RegionalBucket(key, limit, self._origin, now_us, active=self._active)
+    def _new_bucket(self, key: bytes, limit: TokenBucketLimit, strict_us: int) -> GrantedBucket:
+        return GatewayBucket(key, limit, self._origin, strict_us, active=self._active)
 
-    def note_short(self, key: bytes, now_us: int, every_us: int) -> None:
+    def note_short(self, key: bytes, strict_us: int, every_us: int) -> None:
         """Sidecars could draw less than they wanted; to be called every so often while that is so."""
         limit = self.limit_of_key(key)
-        if not isinstance(limit, Limit):
+        if not isinstance(limit, TokenBucketLimit):
             return
         try:
-            bucket = self.bucket(key, limit, now_us)
+            bucket = self.bucket(key, limit, strict_us)
         except StoreFull:
             return
-        assert isinstance(bucket, RegionalBucket)
-        bucket.advance(now_us)
+        assert isinstance(bucket, GatewayBucket)
+        bucket.advance(strict_us)
         # Others divide by demand what they pay to several: that is taken to be the whole limit.
         bucket.note_demand(max(1, limit.tokens * every_us // limit.period_us))
-        bucket.denied_us = now_us
+        bucket.denied_us = strict_us
 
-    def tick(self, streams: Mapping[str, int], now_us: int, most: int, longest_key: int) -> dict[str, dict[bytes, Ask]]:
-        self._homes.look(now_us)
+    def tick(
+        self, streams: Mapping[str, int], strict_us: int, max_buckets: int, longest_key: int
+    ) -> dict[str, dict[bytes, Ask]]:
+        self._homes.look(strict_us)
         weights = self.shares.membership.weights
         members = {peer: stream for peer, stream in streams.items() if weights.get(peer)}
         asks: dict[str, dict[bytes, Ask]] = {}
-        for _ in range(min(most, len(self._active))):
+        for _ in range(min(max_buckets, len(self._active))):
             # It is left in its place for the calls to the account, which drop it when it is over.
             bucket = self._active[0]
             self._active.rotate(-1)
-            if now_us - bucket.denied_us < SHORTAGE_US and len(bucket.key) <= longest_key:
-                for peer, ask in self._all[bucket.key].asks(members, now_us).items():
+            if strict_us - bucket.denied_us < SHORTAGE_US and len(bucket.key) <= longest_key:
+                for peer, ask in self._all[bucket.key].asks(members, strict_us).items():
                     asks.setdefault(peer, {})[bucket.key] = ask
         return asks
 
-    def answer(self, peer: str, key: bytes, ask: Ask, now_us: int) -> Pay | None:
+    def answer(self, peer: str, key: bytes, ask: Ask, strict_us: int) -> Pay | None:
         limit = self.limit_of_key(key)
-        if not isinstance(limit, Limit):
+        if not isinstance(limit, TokenBucketLimit):
             return None
         try:
-            bucket = self.bucket(key, limit, now_us)
+            bucket = self.bucket(key, limit, strict_us)
         except StoreFull:
             return None
-        assert isinstance(bucket, RegionalBucket)
-        bucket.advance(now_us)
-        if not ask.is_short or now_us - bucket.denied_us < SHORTAGE_US:
+        assert isinstance(bucket, GatewayBucket)
+        bucket.advance(strict_us)
+        if not ask.is_short or strict_us - bucket.denied_us < SHORTAGE_US:
             return Pay(0, 0)
-        bucket.asked, bucket.asked_us = -(-ask.amount // TOKEN), now_us
+        bucket.asked, bucket.asked_us = -(-ask.amount // TOKEN), strict_us
         bucket.note_demand(1)
         # What was drawn is for others, all of it.
         paid = bucket.pay(peer, min(ask.amount, max(0, bucket.held) * TOKEN))

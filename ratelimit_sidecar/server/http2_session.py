@@ -1,5 +1,5 @@
-"""The HTTP/2 session that `http2.py` uses: `native_http2.pyx` (C) if it was compiled when this was installed, otherwise
-`portable_http2.py`, on the package ngh2. Its methods are described in `native_http2.pyx`.
+"""The HTTP/2 session that `grpc_connection.py` uses: `native_http2.pyx` (C) if it was compiled when this was installed,
+otherwise `portable_http2.py`, on the package ngh2. `native_http2.pyi` describes what both offer.
 """
 
 from __future__ import annotations
