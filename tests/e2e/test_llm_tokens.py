@@ -167,6 +167,17 @@ async def test_what_is_under_way_holds_its_tokens_and_who_cannot_hold_them_is_de
         await holding.until_settled(before + MOST + 10)
 
 
+async def test_a_request_that_stays_unfinished_is_ended_and_holds_nothing_any_more(holding: Proxy) -> None:
+    async def unfinished() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.Event().wait()
+
+    before = await holding.taken()
+    response = await holding.client.post(PATH, headers={"x-team": "ida"}, content=unfinished())
+    assert response.status_code == 408
+    await holding.until_settled(before)
+
+
 async def test_who_is_in_debt_waits_and_is_told_so_and_a_denied_request_costs_nothing(afterwards: Proxy) -> None:
     before = await afterwards.taken()
     for used in (600, 1_200):
