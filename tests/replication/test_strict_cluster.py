@@ -22,7 +22,7 @@ from simulation.node import Node
 from simulation.watched import Watched
 from simulation.workload import WAIT_US, request, unchanging
 
-SEEDS = seeds(14, thorough=60, nightly=2_000)
+SEEDS = seeds(10, thorough=60, nightly=2_000)
 
 PER_SECOND_100 = TokenBucketLimit(100, SECOND_US, 100)
 
@@ -110,17 +110,17 @@ def hang_up(node: Node) -> None:
         end.hang_up()
 
 
-@pytest.mark.parametrize("seed", SEEDS[8:])
+@pytest.mark.parametrize("seed", SEEDS[4:])
 def test_whatever_happens_nothing_is_admitted_beyond_the_limit(seed: int) -> None:
     run_faults(seed)
 
 
 def test_those_schedules_are_about_payments() -> None:
     """Lest the promise be kept by never paying."""
-    clusters = [run_faults(seed) for seed in SEEDS[:8]]
-    assert sum(cluster.payments for cluster in clusters) > 50
-    assert sum(cluster.served for cluster in clusters) > 50
-    assert sum(cluster.admitted.total() for cluster in clusters) > 1_000
+    clusters = [run_faults(seed) for seed in SEEDS[:4]]
+    assert sum(cluster.payments for cluster in clusters) > 25
+    assert sum(cluster.served for cluster in clusters) > 25
+    assert sum(cluster.admitted.total() for cluster in clusters) > 500
 
 
 def test_a_node_cut_off_serves_its_home_and_is_paid_again_when_it_is_back() -> None:
