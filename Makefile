@@ -13,8 +13,8 @@ COMPILED := build/compiled
 COMPILED_READY := $(COMPILED)/.compiled
 COMPILED_PATH := PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(COMPILED):$(CURDIR)
 # What compiling can break, quickly; make test-slow runs all that is compiled through all that tests it.
-COMPILED_TESTS := $(addprefix tests/,crdt limiter services conformance server/test_http2.py server/test_sessions.py \
-	server/test_messages.py server/test_h2_front_end.py replication/test_mesh.py replication/test_session.py \
+COMPILED_TESTS := $(addprefix tests/,crdt limiter services conformance server/test_grpc_connection.py server/test_sessions.py \
+	server/test_messages.py server/test_grpc_front_end.py replication/test_mesh.py replication/test_session.py \
 	replication/test_outbox.py e2e/test_one_limit.py)
 ALL_COMPILED_TESTS := $(addprefix tests/,crdt limiter replication server services simulation conformance e2e telemetry/test_traces.py)
 # A file's tests run one after the other, files in the order of tests/conftest.py.
