@@ -297,7 +297,7 @@ class Descriptor(Section):
         None,
         description="How the limit is enforced: `token_bucket`, so unused requests add up to at most `burst`;"
         " `fixed_window`, counted anew in each unit by the clock, as envoyproxy/ratelimit does; `sliding_window`,"
-        " counted over the unit that ends now.",
+        " counted over the unit that ends now. With another one it is another limit, which begins full.",
     )
     burst: Annotated[TokenCount | None, ShownDefault("requests_per_unit")] = Field(
         None, description="Requests that a token bucket admits at once after a quiet time."
@@ -307,7 +307,7 @@ class Descriptor(Section):
         None,
         description="How far its buckets are shared: `eventual`, over the whole mesh; `strict` (token buckets only),"
         " divided among the `sync.members`, which together never exceed the limit; `local`, not at all: each sidecar"
-        " has the limit to itself.",
+        " has the limit to itself. With another one it is another limit, which begins full; a strict one empty.",
     )
     wait: Annotated[Wait | None, ShownDefault("nothing waits")] = Field(
         None,

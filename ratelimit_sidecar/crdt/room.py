@@ -41,11 +41,17 @@ class Room:
         """True when every rule could have more buckets, and some time will pass before one cannot."""
         return self._taken < self.max_buckets * AMPLE_SHARE
 
-    def take(self, key: bytes) -> bool:
-        """Note a new bucket. False when there is no room for it: then nothing is noted."""
+    def take(self, key: bytes, *, is_restored: bool = False) -> bool:
+        """Note a new bucket. False when there is no room for it: then nothing is noted.
+
+        Args:
+            is_restored: it was written down. Such buckets come in any order, in which a rule's share would refuse some
+                that were there.
+        """
         rule = self.rule_key(key)
         held = self._of_rule.get(rule, 0)
-        if held >= RULE_SHARE * (self.max_buckets - self._taken) and key != rule:
+        free = self.max_buckets - self._taken
+        if (free <= 0 if is_restored else held >= RULE_SHARE * free) and key != rule:
             return False
         places = _places_of(key)
         self._of_rule[rule] = held + places

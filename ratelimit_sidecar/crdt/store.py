@@ -135,7 +135,7 @@ class Store:
         """
         bucket = self._buckets.get(key)
         if bucket is None:
-            if not self.room.take(key):
+            if not self.room.take(key, is_restored=self.journal.is_restoring):
                 if self.full_since_us is None:
                     self.full_since_us = now_us
                 raise StoreFull

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ratelimit_sidecar.crdt.bucket import SLOTS_A_LOOK, Base, Entry, Origin
+from ratelimit_sidecar.crdt.bucket import NO_BASE, SLOTS_A_LOOK, Base, Entry, Origin
 from ratelimit_sidecar.crdt.limit import HORIZON_SLOTS, AnyLimit, TokenBucketLimit, Window, WindowLimit
 from ratelimit_sidecar.crdt.slot import slot_id
-from ratelimit_sidecar.crdt.store import MAX_SHIFT, Store
+from ratelimit_sidecar.crdt.store import MAX_SHIFT, Store, StoreFull
 
 NOW_US = 1_790_000_000_000_000
 HERE, THERE = Origin("here", 1), Origin("there", 1)
@@ -44,6 +46,23 @@ def test_a_bucket_is_dropped_once_it_is_full_and_its_slots_are_behind_the_horizo
 
 HOURLY = TokenBucketLimit(tokens=1_000, period_us=3_600_000_000, capacity=1_000)
 SLOT_US = 1 << HOURLY.exponent
+
+
+def test_what_was_written_down_finds_the_room_that_it_had_in_whatever_order_it_comes() -> None:
+    """One rule fills 8/9 of the room, another the rest, and both have used up what they have."""
+
+    def store() -> Store:
+        return Store(HERE, lambda _key: HOURLY, max_buckets=900, rule_key=lambda key: key[:1])
+
+    before, after = store(), store()
+    for rule in (b"a", b"b"):
+        for number in range(900):
+            with suppress(StoreFull):
+                assert before.bucket(b"%b%d" % (rule, number), HOURLY, NOW_US).take(1_000, NOW_US)
+    for bucket in sorted(before, key=lambda bucket: bucket.key[:0:-1]):
+        for _ in after.restore(bucket.key, HOURLY, NO_BASE, list(bucket.entries()), NOW_US):
+            pass
+    assert {bucket.key for bucket in after} == {bucket.key for bucket in before}
 
 
 def hourly_store(keys: int) -> Store:

@@ -64,7 +64,9 @@ async def running(
         for name, of_envoy in zip(envoys, of_envoys, strict=True):
             text = (EXAMPLES / example / f"{name}.yaml").read_text()
             # Beside other tests a sidecar may take longer than an example lets it.
-            text = text.replace(" timeout: 5s", " timeout: 30s").replace("request_timeout: 30s", "request_timeout: 5s")
+            text = text.replace(" timeout: 5s", " timeout: 30s")
+            for bound in ("request_timeout: 30s", "stream_flush_timeout: 10s"):
+                text = text.replace(bound, f"{bound.partition(':')[0]}: 5s")
             config = _written(
                 folder, name, with_ports(text, {**shared, 10_000: of_envoy.envoy, 9_901: of_envoy.envoy_admin})
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -12,6 +13,10 @@ import httpx
 import pytest
 import pytest_asyncio
 from e2e.examples import running
+from h2.config import H2Configuration
+from h2.connection import H2Connection
+from h2.events import ResponseReceived, StreamEnded, StreamReset
+from h2.settings import SettingCodes, Settings
 
 from ratelimit_sidecar.demo.ports import HOST, free_ports
 
@@ -167,15 +172,44 @@ async def test_what_is_under_way_holds_its_tokens_and_who_cannot_hold_them_is_de
         await holding.until_settled(before + MOST + 10)
 
 
-async def test_a_request_that_stays_unfinished_is_ended_and_holds_nothing_any_more(holding: Proxy) -> None:
-    async def unfinished() -> AsyncIterator[bytes]:
-        yield b"{"
-        await asyncio.Event().wait()
+async def rude_request(proxy: Proxy, team: str, *, is_finished: bool) -> str:
+    """Send a request without an end, or read all of its response but the last byte. Returns its status, once Envoy has
+    ended it.
+    """
+    url = proxy.client.base_url
+    connection = H2Connection(H2Configuration(client_side=True, header_encoding="utf-8"))
+    connection.local_settings = Settings(client=True, initial_values={SettingCodes.INITIAL_WINDOW_SIZE: 0})
+    connection.initiate_connection()
+    headers = [(":method", "POST"), (":scheme", "http"), (":authority", "llm"), (":path", PATH), ("x-team", team)]
+    connection.send_headers(1, headers)
+    connection.send_data(1, json.dumps(body(300)).encode(), end_stream=is_finished)
+    reader, writer = await asyncio.open_connection(url.host, url.port)
+    status = ""
+    async with asyncio.timeout(60):
+        while True:
+            writer.write(connection.data_to_send())
+            for event in connection.receive_data(await reader.read(65_536)):
+                if isinstance(event, ResponseReceived):
+                    answered = dict(event.headers)
+                    status = answered[":status"]
+                    if is_finished:
+                        connection.increment_flow_control_window(int(answered["content-length"]) - 1, 1)
+                elif isinstance(event, (StreamEnded, StreamReset)):
+                    writer.close()
+                    return status
 
+
+async def test_a_request_that_stays_unfinished_is_ended_and_holds_nothing_any_more(holding: Proxy) -> None:
     before = await holding.taken()
-    response = await holding.client.post(PATH, headers={"x-team": "ida"}, content=unfinished())
-    assert response.status_code == 408
+    assert await rude_request(holding, "ida", is_finished=False) == "408"
     await holding.until_settled(before)
+
+
+@BOTH
+async def test_a_response_whose_end_is_not_read_is_settled_all_the_same(proxies: dict[str, Proxy], name: str) -> None:
+    before = await proxies[name].taken()
+    assert await rude_request(proxies[name], "ivo", is_finished=True) == "200"
+    await proxies[name].until_settled(before + 300)
 
 
 async def test_who_is_in_debt_waits_and_is_told_so_and_a_denied_request_costs_nothing(afterwards: Proxy) -> None:

@@ -160,7 +160,7 @@ async def test_every_line_it_prints_is_a_log_of_its_own(front_end: str, tmp_path
     assert events == ["started", "nothing_is_limited", "ready", "draining", "stopped"]
 
 
-@pytest.mark.parametrize("front_end", ["h2", pytest.param("grpcio", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("front_end", ["h2", "grpcio"])
 async def test_who_watches_its_health_is_told_of_the_stop_and_does_not_delay_it(front_end: str, tmp_path: Path) -> None:
     ports = free_ports(1).regions[0]
     file = config(tmp_path, grpc=ports.grpc, admin=ports.admin)
