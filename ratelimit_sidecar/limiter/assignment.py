@@ -23,7 +23,9 @@ STEPS: Final = 1_000
 
 REPAY_S: Final = 10
 
-_TWO_REPORTS_US: Final = 10 * SECOND_US
+_REPORT_S: Final = 5
+
+_TWO_REPORTS_US: Final = 2 * _REPORT_S * SECOND_US
 """From a change of the demand until all Envoys have shares that suit it."""
 
 LEAST_PART: Final = 8
@@ -55,8 +57,9 @@ class ShareBase(NamedTuple):
 
     Args:
         rate: the rate of the whole limit.
-        burst: tokens that all shares together may hold at once. A window has no burst of its own, and a burst comes on
-            top of the refill during the window. So it is one second's refill, and at least one token.
+        burst: tokens that all shares together may hold at once: of a token bucket those that are left (`within_left`).
+            A window has no burst of its own, and a burst comes on top of the refill during the window. So it is one
+            second's refill, and at least one token.
         fill_interval_s: the same for all shares.
     """
 
@@ -119,6 +122,27 @@ def within_debt(limit: TokenBucketLimit, rate: int, used: int) -> int:
         return rate
     seconds = max(REPAY_S, limit.capacity * TOKEN // rate)
     return max(rate // LEAST_PART, rate - (used - kept) * TOKEN // seconds)
+
+
+def within_left(limit: TokenBucketLimit, base: ShareBase, used: int, pending: int) -> ShareBase:
+    """The base with a burst that is no more than what is left of a token bucket, but at least one second's refill.
+
+    An Envoy's bucket that is made anew begins full, so a larger burst would be admitted again with each one. Envoy cuts
+    off parts of tokens whenever the burst changes, so it follows in steps: down by a sixteenth, and up by more than
+    the reports of several Envoys make of a steady demand.
+
+    Args:
+        base: with the burst before.
+        pending: tokens that are to be charged until the next report. What is refilled meanwhile is free for them.
+    """
+    refill = base.rate // TOKEN
+    left = limit.capacity - used - max(0, pending - _REPORT_S * refill)
+    if left >= limit.capacity:
+        return base._replace(burst=limit.capacity)
+    least = min(refill, limit.capacity)
+    if max(left, least) < base.burst or left > base.burst + base.burst // 4 + _REPORT_S * refill:
+        return base._replace(burst=max(left - left // 16, least))
+    return base
 
 
 def look_ahead_us(limit: WindowLimit) -> int:
