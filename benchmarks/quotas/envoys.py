@@ -57,9 +57,9 @@ class EnvoyBucket:
         before, self.told = self.told, assignment
         if before is not None and before[:2] == assignment[:2]:
             return
-        # Envoy keeps how full it is, in whole tokens.
+        # Envoy keeps how full it is.
         full = self.tokens / before.max_tokens if before is not None and before.max_tokens else 1.0
-        self.tokens = assignment.max_tokens * full // 1
+        self.tokens = assignment.max_tokens * full
 
     def ask(self, now_us: int) -> None:
         if self.told is not None and self.expires_us <= now_us:

@@ -124,25 +124,18 @@ def within_debt(limit: TokenBucketLimit, rate: int, used: int) -> int:
     return max(rate // LEAST_PART, rate - (used - kept) * TOKEN // seconds)
 
 
-def within_left(limit: TokenBucketLimit, base: ShareBase, used: int, pending: int) -> ShareBase:
-    """The base with a burst that is no more than what is left of a token bucket, but at least one second's refill.
+def within_left(limit: TokenBucketLimit, rate: int, used: int, pending: int) -> int:
+    """The burst that may be shared while `used` tokens of a token bucket are used: what is left, but at least one
+    second's refill.
 
-    An Envoy's bucket that is made anew begins full, so a larger burst would be admitted again with each one. Envoy cuts
-    off parts of tokens whenever the burst changes, so it follows in steps: down by a sixteenth, and up by more than
-    the reports of several Envoys make of a steady demand.
+    An Envoy's bucket that is made anew begins full. So what is not left would be admitted with each such bucket.
 
     Args:
-        base: with the burst before.
         pending: tokens that are to be charged until the next report. What is refilled meanwhile is free for them.
     """
-    refill = base.rate // TOKEN
+    refill = rate // TOKEN
     left = limit.capacity - used - max(0, pending - _REPORT_S * refill)
-    if left >= limit.capacity:
-        return base._replace(burst=limit.capacity)
-    least = min(refill, limit.capacity)
-    if max(left, least) < base.burst or left > base.burst + base.burst // 4 + _REPORT_S * refill:
-        return base._replace(burst=max(left - left // 16, least))
-    return base
+    return max(left, min(refill, limit.capacity))
 
 
 def look_ahead_us(limit: WindowLimit) -> int:

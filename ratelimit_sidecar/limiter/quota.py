@@ -78,7 +78,7 @@ CHANGE_PART: Final = 16
 """A share that has changed by more than 1/16 is sent at once."""
 
 SAME_PART: Final = 64
-"""When an assignment is renewed with the same burst, and the share has changed by less than 1/64, the old one is sent
+"""When an assignment is renewed, and neither the share nor the burst has changed by more than 1/64, the old one is sent
 again.
 """
 
@@ -665,7 +665,8 @@ class Quotas:
             and previous.fill_interval_s == base.fill_interval_s
             and before <= free
             and abs(share - before) * SAME_PART <= before
-            and previous.max_tokens == assign(base, before, is_strict=is_strict).max_tokens
+            and abs(previous.max_tokens - assign(base, before, is_strict=is_strict).max_tokens) * SAME_PART
+            <= previous.max_tokens
         ):
             assignment = previous
         else:

@@ -91,7 +91,7 @@ class Division:
             left = self._limiter.left_within(take, look_ahead_us(limit), charged_us)
             return within_window(limit, base.rate, left)
         used = self._limiter.used(take, charged_us)
-        pool.share_base = within_left(limit, base, used, pool.pending)
+        pool.share_base = base._replace(burst=within_left(limit, base.rate, used, pool.pending))
         return within_debt(limit, base.rate, used)
 
     def withhold(self, pool: Pool, base: ShareBase, rate: int, strict_us: int) -> int:
