@@ -23,7 +23,9 @@ STEPS: Final = 1_000
 
 REPAY_S: Final = 10
 
-_TWO_REPORTS_US: Final = 10 * SECOND_US
+_REPORT_S: Final = 5
+
+_TWO_REPORTS_US: Final = 2 * _REPORT_S * SECOND_US
 """From a change of the demand until all Envoys have shares that suit it."""
 
 LEAST_PART: Final = 8
@@ -55,8 +57,9 @@ class ShareBase(NamedTuple):
 
     Args:
         rate: the rate of the whole limit.
-        burst: tokens that all shares together may hold at once. A window has no burst of its own, and a burst comes on
-            top of the refill during the window. So it is one second's refill, and at least one token.
+        burst: tokens that all shares together may hold at once: of a token bucket those that are left (`within_left`).
+            A window has no burst of its own, and a burst comes on top of the refill during the window. So it is one
+            second's refill, and at least one token.
         fill_interval_s: the same for all shares.
     """
 
@@ -119,6 +122,20 @@ def within_debt(limit: TokenBucketLimit, rate: int, used: int) -> int:
         return rate
     seconds = max(REPAY_S, limit.capacity * TOKEN // rate)
     return max(rate // LEAST_PART, rate - (used - kept) * TOKEN // seconds)
+
+
+def within_left(limit: TokenBucketLimit, rate: int, used: int, pending: int) -> int:
+    """The burst that may be shared while `used` tokens of a token bucket are used: what is left, but at least one
+    second's refill.
+
+    An Envoy's bucket that is made anew begins full. So what is not left would be admitted with each such bucket.
+
+    Args:
+        pending: tokens that are to be charged until the next report. What is refilled meanwhile is free for them.
+    """
+    refill = rate // TOKEN
+    left = limit.capacity - used - max(0, pending - _REPORT_S * refill)
+    return max(left, min(refill, limit.capacity))
 
 
 def look_ahead_us(limit: WindowLimit) -> int:

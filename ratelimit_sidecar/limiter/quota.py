@@ -78,7 +78,9 @@ CHANGE_PART: Final = 16
 """A share that has changed by more than 1/16 is sent at once."""
 
 SAME_PART: Final = 64
-"""When an assignment is renewed and the share has changed by less than 1/64, the old one is sent again."""
+"""When an assignment is renewed, and neither the share nor the burst has changed by more than 1/64, the old one is sent
+again.
+"""
 
 PUBLISH_US: Final = 4 * SECOND_US
 """A demand that has not changed is published to peers this often, since they drop it after `DEMAND_US`."""
@@ -657,16 +659,18 @@ class Quotas:
             if share < target:
                 # The strict bucket will have more tokens soon.
                 self._mark_dirty(pool)
-        previous = bucket.assignment
+        previous, is_strict = bucket.assignment, bucket.planned_take.compiled.is_strict
         if (
             previous is not None
             and previous.fill_interval_s == base.fill_interval_s
             and before <= free
             and abs(share - before) * SAME_PART <= before
+            and abs(previous.max_tokens - assign(base, before, is_strict=is_strict).max_tokens) * SAME_PART
+            <= previous.max_tokens
         ):
             assignment = previous
         else:
-            assignment = noticeable(previous, assign(base, share, is_strict=bucket.planned_take.compiled.is_strict))
+            assignment = noticeable(previous, assign(base, share, is_strict=is_strict))
         pool.held += assignment.rate - before
         if assignment.rate < before:
             # Others may wait for the rate that this frees.

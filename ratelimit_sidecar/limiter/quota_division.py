@@ -11,7 +11,7 @@ from typing import Final
 from ratelimit_sidecar.crdt.limit import TokenBucketLimit, WindowLimit
 from ratelimit_sidecar.crdt.shares import TOKEN
 from ratelimit_sidecar.crdt.store import StoreFull
-from ratelimit_sidecar.limiter.assignment import ShareBase, look_ahead_us, within_debt, within_window
+from ratelimit_sidecar.limiter.assignment import ShareBase, look_ahead_us, within_debt, within_left, within_window
 from ratelimit_sidecar.limiter.fair_shares import Group, fair_level, grouped, rounded_want
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.quota_pool import MAX_RATE, Pool
@@ -38,7 +38,7 @@ class Division:
         self._now_us = now_us
 
     def divide(self, pool: Pool, base: ShareBase, strict_us: int) -> list[Group]:
-        """Compute the pool's level and budget.
+        """Compute the pool's level, budget and burst.
 
         Returns:
             The demand of this node's Envoys.
@@ -77,7 +77,7 @@ class Division:
             self.withhold(pool, pool.share_base, 0, strict_us)
 
     def _total(self, pool: Pool, base: ShareBase, strict_us: int) -> int:
-        """The rate that can be divided."""
+        """The rate that can be divided. Sets the burst."""
         take, ledger = pool.planned_take, self._limiter.ledger
         if take is None or pool.limit is None:
             return base.rate
@@ -90,7 +90,9 @@ class Division:
         if isinstance(limit, WindowLimit):
             left = self._limiter.left_within(take, look_ahead_us(limit), charged_us)
             return within_window(limit, base.rate, left)
-        return within_debt(limit, base.rate, self._limiter.used(take, charged_us))
+        used = self._limiter.used(take, charged_us)
+        pool.share_base = base._replace(burst=within_left(limit, base.rate, used, pool.pending))
+        return within_debt(limit, base.rate, used)
 
     def withhold(self, pool: Pool, base: ShareBase, rate: int, strict_us: int) -> int:
         """Withhold the rate that Envoys have in total from the bucket of a strict limit.

@@ -24,6 +24,7 @@ from ratelimit_sidecar.limiter.assignment import (
     assign,
     noticeable,
     share_base_of,
+    within_left,
 )
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.quota import (
@@ -477,6 +478,102 @@ def test_a_limit_that_changed_is_told_such_that_envoy_notices_it() -> None:
 def test_all_of_an_odd_rate_is_assigned() -> None:
     told = assign(share_base_of(TokenBucketLimit(19, 10_000_000, 2)), 19 * TOKEN // 10)
     assert told.tokens_per_fill / told.fill_interval_s == pytest.approx(1.9, rel=0.002)
+
+
+# An Envoy's bucket that is made anew begins full.
+
+
+def of_period(tokens: int, period_s: int) -> tuple[World, Node]:
+    limit = TokenBucketLimit(tokens, period_s * SECOND_US, tokens)
+    rule = Rule("api.agent", limit, tokens, Unit.HOUR)
+    world = World(Rules({DOMAIN: RuleNode(key_only={"agent": RuleNode(rule)})}))
+    return world, world.node()
+
+
+def idle_envoy(world: World, node: Node, phase_us: int = 0) -> Envoy:
+    envoy = world.envoy(node, 0, phase_us=phase_us)
+    envoy.denies = True
+    return envoy
+
+
+@pytest.mark.parametrize("tokens", [3_600, 86_400])
+def test_an_envoy_that_forgets_its_bucket_between_bursts_admits_no_more_than_the_limit(tokens: int) -> None:
+    world, node = of_period(tokens, tokens)
+    envoy = idle_envoy(world, node)
+    visits = 48
+    admitted = 0
+    for _ in range(visits):
+        for demand, seconds in ((tokens / 6, 9), (0, 66)):
+            envoy.demand[ADA] = demand
+            admitted += sum(world.run(seconds))
+    assert envoy.forgotten == visits
+    refill = visits * 75
+    assert tokens < admitted <= tokens + refill
+
+
+def test_envoys_that_are_asked_in_turn_admit_together_no_more_than_the_limit() -> None:
+    world, node = of_period(3_600, 3_600)
+    envoys = [idle_envoy(world, node, number * 700_000) for number in range(8)]
+    stays = 50
+    admitted = 0
+    for stay in range(stays):
+        envoy = envoys[stay % len(envoys)]
+        envoy.demand[ADA] = 600
+        admitted += sum(world.run(12))
+        envoy.demand[ADA] = 0
+    assert sum(envoy.forgotten for envoy in envoys) > stays - len(envoys)
+    assert admitted <= 3_600 + stays * 12
+
+
+def test_a_new_envoy_gets_next_to_nothing_while_nothing_is_left() -> None:
+    world, node = of_period(3_600, 3_600)
+    calls(node, world.now_us, 3_600)
+    new = idle_envoy(world, node)
+    new.demand[ADA] = 600
+    (admitted,) = world.run(10)
+    assert 1 <= admitted <= 10 + 1
+
+
+def test_what_others_use_an_envoy_loses_with_its_next_report_and_has_again_when_it_is_refilled() -> None:
+    world, node = of_period(36_000, 3_600)
+    idle = idle_envoy(world, node)
+    idle.demand[ADA] = 0.5
+    world.run(10)
+    assert burst_of(idle) > 35_000
+    # So few that its share stays the same.
+    calls(node, world.now_us, 20_000)
+    sent = node.quotas.counts.assignments
+    world.run(5)
+    assert 15_000 < burst_of(idle) <= 16_100
+    assert node.quotas.counts.assignments == sent + 1
+    world.run(600)
+    assert 21_000 < burst_of(idle) <= 22_100
+    calls(node, world.now_us, 36_000)
+    world.run(5)
+    assert burst_of(idle) <= 10 * 5
+
+
+def burst_of(envoy: Envoy) -> int:
+    return sum(bucket.told.max_tokens for bucket in envoy.buckets.values() if bucket.told is not None)
+
+
+@pytest.mark.parametrize("period_s", [60, 300])
+def test_an_envoy_with_steady_demand_uses_the_limit_once_the_burst_is_used(period_s: int) -> None:
+    world, node = of_period(10 * period_s, period_s)
+    envoy = idle_envoy(world, node)
+    envoy.demand[ADA] = 20
+    world.run(5 * period_s)
+    assert sum(world.run(600)) >= 0.95 * 10 * 600
+
+
+@given(LIMITS, st.integers(0, 2**41), st.integers(0, 2**41))
+def test_the_burst_is_what_is_left_or_refilled_in_a_second(limit: TokenBucketLimit, used: int, pending: int) -> None:
+    second = limit.tokens * SECOND_US // limit.period_us
+    burst = within_left(limit, share_base_of(limit).rate, used, pending)
+    assert min(second, limit.capacity) <= burst <= max(second, limit.capacity - used)
+    if pending > 5 * second:
+        assert burst <= max(second, limit.capacity - used - pending + 5 * second)
+    assert within_left(limit, share_base_of(limit).rate, 0, 0) == limit.capacity
 
 
 # Reports of every kind.
