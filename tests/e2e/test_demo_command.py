@@ -43,6 +43,7 @@ async def test_ctrl_c_during_the_traffic_stops_everything_and_still_judges() -> 
     ensure_free(ports_from(base, 3).all())
 
 
+@pytest.mark.slow
 async def test_ctrl_c_during_the_start_stops_everything() -> None:
     base = free_base_port()
     async with command("demo", "--base-port", str(base)) as demo:
@@ -72,6 +73,7 @@ async def test_a_kept_demo_answers_curl_after_the_traffic_until_ctrl_c() -> None
     ensure_free(ports_from(base, 3).all())
 
 
+@pytest.mark.slow
 async def test_a_taken_port_is_named_with_the_way_out() -> None:
     base = free_base_port()
     with socket.create_server(("127.0.0.1", base + 2)):

@@ -365,6 +365,7 @@ async def test_a_path_that_is_no_text_ends_nothing_and_is_told_of(front_end: str
         assert await sidecar.stopped() == 0
 
 
+@pytest.mark.slow
 async def test_the_soft_limit_on_descriptors_is_raised_to_what_the_bounds_on_connections_need(tmp_path: Path) -> None:
     async with serving(tmp_path, shell='ulimit -Sn 256 && exec "$@"') as sidecar:
         await sidecar.is_ready()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import grpc.aio
 import httpx
+import pytest
 import yaml
 from certificates import Authority
 from e2e.sidecars import sidecar_command, status
@@ -63,6 +64,7 @@ async def stop(sidecar: Child) -> None:
         assert await sidecar.wait() == 0, sidecar.log.read_text()
 
 
+@pytest.mark.slow
 async def test_sidecars_share_a_limit_over_tls_and_a_restarted_one_comes_with_a_renewed_certificate(
     tmp_path: Path,
 ) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 from pathlib import Path
 
+import pytest
 from e2e.cluster import Cluster, three_regions
 
 from ratelimit_sidecar.demo.regions import Region, wait_connected
@@ -16,6 +17,7 @@ descriptors:
 """
 
 
+@pytest.mark.slow
 async def test_the_others_answer_while_a_sidecar_is_dead_and_it_denies_what_was_used_up_when_it_is_back(
     tmp_path: Path,
 ) -> None:

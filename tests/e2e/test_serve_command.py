@@ -113,6 +113,7 @@ async def test_a_peer_that_accepts_and_says_nothing_does_not_keep_it_from_being_
             assert await serve.ended() == 0
 
 
+@pytest.mark.slow
 async def test_a_peer_that_answers_with_errors_is_told_of_where_it_says_that_it_is_ready(tmp_path: Path) -> None:
     ports = free_ports(1).regions[0]
     # Its own port for Envoys, where no peer answers.

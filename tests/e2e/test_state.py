@@ -117,6 +117,7 @@ async def test_a_limit_whose_rule_comes_after_the_start_is_where_it_was(tmp_path
         await until_remaining([own], LIMIT - 40)
 
 
+@pytest.mark.slow
 async def test_a_strict_limit_goes_on_where_a_clean_stop_left_it_and_begins_empty_after_a_kill(tmp_path: Path) -> None:
     [own] = free_ports(1).regions
     rules = tmp_path / "strict.yaml"
@@ -142,6 +143,7 @@ async def test_a_strict_limit_goes_on_where_a_clean_stop_left_it_and_begins_empt
         assert await remaining(own, "plan") == 0
 
 
+@pytest.mark.slow
 async def test_a_second_sidecar_on_the_same_file_does_not_start(tmp_path: Path) -> None:
     first, second = free_ports(2).regions
     [command, other] = commands(tmp_path, [first, second], file="state")

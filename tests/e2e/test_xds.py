@@ -102,6 +102,7 @@ async def test_it_refuses_before_the_server_is_there_and_is_ready_and_limits_onc
         assert (await status(stub, "shop", "user", "eve")).code == RateLimitResponse.OVER_LIMIT
 
 
+@pytest.mark.slow
 async def test_a_proxy_of_the_environment_is_not_for_a_server_on_loopback(tmp_path: Path) -> None:
     ports = free_ports(1)
     own = ports.regions[0]
@@ -139,6 +140,7 @@ async def test_while_a_server_never_answers_idle_buckets_are_dropped_as_ever(tmp
                 await asyncio.sleep(0.2)
 
 
+@pytest.mark.slow
 async def test_it_can_be_stopped_before_it_has_any_rules(tmp_path: Path) -> None:
     ports = free_ports(1)
     peers = {"sync": {"peers": [f"{HOST}:{ports.regions[0].sync}"]}}
@@ -150,6 +152,7 @@ async def test_it_can_be_stopped_before_it_has_any_rules(tmp_path: Path) -> None
             assert await sidecar.wait() == 0, sidecar.log.read_text()
 
 
+@pytest.mark.slow
 async def test_a_sidecar_that_comes_back_learns_from_its_peers_what_its_rules_are_about(tmp_path: Path) -> None:
     """Peers tell all they know as soon as they are connected, and nothing can be made of it without rules."""
     ports = free_ports(2)

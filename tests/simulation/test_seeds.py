@@ -159,9 +159,9 @@ def keeps_every_change(monkeypatch: pytest.MonkeyPatch) -> None:
         (never_hears, "convergence|lag|clean stop"),
         (forgets_what_was_cut_off, "convergence|lag"),
         (shows_no_lag, "lag"),
-        (pays_what_it_keeps, "strict"),
         (admits_everything, "eventual|local"),
-        # The 40 seeds of it are as long as those of all others together.
+        # These two take as long as all others together.
+        pytest.param(pays_what_it_keeps, "strict", marks=pytest.mark.slow),
         pytest.param(leaves_without_a_word, "clean stop", marks=pytest.mark.slow),
         (keeps_every_change, "memory"),
     ],
