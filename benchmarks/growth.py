@@ -183,7 +183,9 @@ def main(rules: int, reloads: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         growth = uvloop.run(measure(Path(folder), rules, reloads))
     click.echo(f"{sum(growth.garbage.values())} objects of garbage: {dict(growth.garbage.most_common(12))}")
-    sys.exit(bool(growth.garbage))
+    sys.stdout.flush()
+    # As `ratelimit-sidecar serve` ends.
+    os._exit(bool(growth.garbage))
 
 
 if __name__ == "__main__":

@@ -77,9 +77,13 @@ def serve(config_path: Path | None, frontend: str) -> None:
         # The kernel keeps from the first process of a container what it has no handler for. Once it runs, it has one.
         signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(0))
     stderr = TakenStderr()
-    code = _run_until_stopped(config_path, FrontEndKind(frontend), LogWriter(stderr.log), stderr)
+    log = LogWriter(stderr.log)
+    code = _run_until_stopped(config_path, FrontEndKind(frontend), log, stderr)
     stderr.close()
-    sys.exit(code)
+    log.flush()
+    # Not sys.exit: a thread of gRPC that wakes up while Python finalizes aborts the process (grpc/grpc issue 22365). So
+    # a clean stop could end with 134.
+    os._exit(code)
 
 
 def _run_until_stopped(config_path: Path | None, front_end: FrontEndKind, log: LogWriter, stderr: TakenStderr) -> int:

@@ -1,5 +1,6 @@
 import asyncio
 import json
+import os
 import re
 import signal
 import socket
@@ -159,6 +160,19 @@ async def test_every_line_it_prints_is_a_log_of_its_own(front_end: str, tmp_path
 
     events = [json.loads(line)["event"] for line in serve.output.splitlines()]
     assert events == ["started", "nothing_is_limited", "ready", "draining", "stopped"]
+
+
+async def test_it_ends_before_python_finalizes_which_threads_of_grpc_may_abort(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import atexit\natexit.register(print, 'finalizing', flush=True)\n")
+    ports = free_ports(1).regions[0]
+    file = config(tmp_path, grpc=ports.grpc, admin=ports.admin)
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    async with command("serve", "--config", file, environment={"PYTHONPATH": path}) as serve:
+        await serve.printed("] ready ")
+        serve.signal(signal.SIGTERM)
+        assert await serve.ended() == 0
+    assert "stopped" in serve.output
+    assert "finalizing" not in serve.output
 
 
 @pytest.mark.parametrize("front_end", ["h2", "grpcio"])
