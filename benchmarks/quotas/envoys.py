@@ -15,10 +15,10 @@ from typing import Protocol
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.shares import Membership, Shares
-from ratelimit_sidecar.limiter.assignment import SECOND_US, Assignment
+from ratelimit_sidecar.limiter.assignment import REPORT_US, SECOND_US, Assignment
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.quota import Quotas
-from ratelimit_sidecar.limiter.quota_pool import REPORT_US, Action, Pairs, QuotaStream, Usage
+from ratelimit_sidecar.limiter.quota_pool import Action, Pairs, QuotaStream, Usage
 from ratelimit_sidecar.limiter.rules import Rules
 
 PAIR = Membership(1, {"node": 1, "elsewhere": 1})

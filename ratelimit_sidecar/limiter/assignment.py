@@ -23,9 +23,10 @@ STEPS: Final = 1_000
 
 REPAY_S: Final = 10
 
-_REPORT_S: Final = 5
+REPORT_US: Final = 5 * SECOND_US
+"""The time between two reports of an Envoy, whatever its `reporting_interval`."""
 
-_TWO_REPORTS_US: Final = 2 * _REPORT_S * SECOND_US
+_TWO_REPORTS_US: Final = 2 * REPORT_US
 """From a change of the demand until all Envoys have shares that suit it."""
 
 LEAST_PART: Final = 8
@@ -134,7 +135,7 @@ def within_left(limit: TokenBucketLimit, rate: int, used: int, pending: int) -> 
         pending: tokens that are to be charged until the next report. What is refilled meanwhile is free for them.
     """
     refill = rate // TOKEN
-    left = limit.capacity - used - max(0, pending - _REPORT_S * refill)
+    left = limit.capacity - used - max(0, pending - REPORT_US // SECOND_US * refill)
     return max(left, min(refill, limit.capacity))
 
 
@@ -156,4 +157,4 @@ def within_window(limit: WindowLimit, rate: int, left: int) -> int:
     """
     half_us = look_ahead_us(limit) // 2
     missing = rate * half_us - left * TOKEN * SECOND_US
-    return max(0, rate - max(0, missing) // max(_TWO_REPORTS_US // 2, half_us))
+    return max(0, rate - max(0, missing) // max(REPORT_US, half_us))

@@ -22,6 +22,7 @@ from typing import Final, NamedTuple
 from ratelimit_sidecar.cycle_collector import young_objects
 from ratelimit_sidecar.limiter.assignment import (
     ALLOW_ALL,
+    REPORT_US,
     SECOND_US,
     STEPS,
     TOKEN,
@@ -39,7 +40,6 @@ from ratelimit_sidecar.limiter.quota_charges import Charges
 from ratelimit_sidecar.limiter.quota_division import IDLE_PART, Division
 from ratelimit_sidecar.limiter.quota_pool import (
     MAX_RATE,
-    REPORT_US,
     Action,
     EnvoyBucket,
     OrphanedAssignment,

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from itertools import islice
 from typing import Final
 
+from ratelimit_sidecar.limiter.assignment import REPORT_US
 from ratelimit_sidecar.limiter.limiter import Limiter
-from ratelimit_sidecar.limiter.quota_pool import REPORT_US, Pool
+from ratelimit_sidecar.limiter.quota_pool import Pool
 
 CHARGE_PART: Final = 8
 """At most 1/8 of the capacity is charged at once when a report arrives."""

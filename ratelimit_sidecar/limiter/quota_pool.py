@@ -10,14 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
 from ratelimit_sidecar.crdt.limit import AnyLimit
-from ratelimit_sidecar.limiter.assignment import SECOND_US, Assignment, ShareBase, share_base_of
+from ratelimit_sidecar.limiter.assignment import Assignment, ShareBase, share_base_of
 from ratelimit_sidecar.limiter.fair_shares import Group, ShareLevel
 from ratelimit_sidecar.limiter.plan import PlannedTake
 
 Pairs = tuple[tuple[str, str], ...]
-
-REPORT_US: Final = 5 * SECOND_US
-"""The time between two reports of an Envoy, whatever its `reporting_interval`."""
 
 CROWDED_BYTES: Final = 1 << 18
 """An Envoy with more than so many bytes of ids, some 2,500 buckets, is crowded: clients may have invented them. Its
