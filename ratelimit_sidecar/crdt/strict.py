@@ -158,7 +158,7 @@ class StrictBucket(Bucket):
 
     def take(self, hits: int, strict_us: int, *, always: bool = False) -> bool:
         self.advance(strict_us)
-        needed = hits or self._needed(0)
+        needed = self._needed(hits)
         self._note_demand(needed)
         charge = (needed * self._limit.period_us) << 32
         admitted = charge <= self.level
