@@ -3,8 +3,9 @@ compiled to machine code, by mypyc, and so is the HTTP/2 of the front end, by Cy
 
 They are compiled when a wheel is built and a C compiler and Python's headers are at hand; otherwise, or when it fails,
 the same modules run interpreted, a few times slower, with `portable_http2` in the place of `native_http2`.
-RATELIMIT_SIDECAR_COMPILE=0 leaves it, and =1 makes it an error when it cannot be done. An editable install is never
-compiled: what is compiled would be found before the sources that somebody edits.
+RATELIMIT_SIDECAR_COMPILE=0 leaves it, and =1 makes it an error when it cannot be done; =unoptimized does, too, in about
+half the time, for what is only to be tested. An editable install is never compiled: what is compiled would be found
+before the sources that somebody edits.
 """
 
 from __future__ import annotations
@@ -80,7 +81,8 @@ NATIVE_HTTP2 = Extension(
 """HTTP/2 for the front end, with nghttp2 in it; `ratelimit_sidecar/server/portable_http2.py` stands in for it."""
 
 MODE = os.environ.get("RATELIMIT_SIDECAR_COMPILE", "")
-IS_REQUIRED = MODE == "1"
+MODES = ("", "0", "1", "unoptimized")
+IS_REQUIRED = MODE in ("1", "unoptimized")
 BUILDING = ("bdist_wheel", "build", "build_ext", "install")
 
 
@@ -94,8 +96,8 @@ def is_wanted(mode: str, arguments: list[str]) -> bool:
     Raises:
         SystemExit: there is no such mode.
     """
-    if mode not in ("", "0", "1"):
-        raise SystemExit(f"RATELIMIT_SIDECAR_COMPILE is {mode!r}, expected 0, 1 or nothing")
+    if mode not in MODES:
+        raise SystemExit(f"RATELIMIT_SIDECAR_COMPILE is {mode!r}, expected 0, 1, unoptimized or nothing")
     return mode != "0" and any(command in arguments for command in BUILDING)
 
 
@@ -116,7 +118,7 @@ def why_not() -> str:
 
 def give_up(reason: str) -> None:
     if IS_REQUIRED:
-        raise SystemExit(f"RATELIMIT_SIDECAR_COMPILE=1, and it cannot be compiled: {reason}")
+        raise SystemExit(f"RATELIMIT_SIDECAR_COMPILE={MODE}, and it cannot be compiled: {reason}")
     print(f"ratelimit-sidecar is installed interpreted, a few times slower: {reason}", file=sys.stderr)
 
 
@@ -140,7 +142,12 @@ def extensions() -> list[Extension]:
         for module in modules:
             # mypyc adds -Werror: a warning that its authors' compilers have not would cost the speed.
             module.extra_compile_args = [*module.extra_compile_args, "-Wno-error"]
-        return [*modules, *cythonize([NATIVE_HTTP2], build_dir="build")]
+        found = [*modules, *cythonize([NATIVE_HTTP2], build_dir="build")]
+        if MODE == "unoptimized":
+            for extension in found:
+                # Of several the compiler takes the last.
+                extension.extra_compile_args = [*extension.extra_compile_args, "-O0"]
+        return found
     except (Exception, SystemExit) as error:
         give_up(str(error))
         return []

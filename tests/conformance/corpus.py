@@ -177,5 +177,5 @@ class Case(_Part):
 
 def cases() -> Iterator[Case]:
     for file in sorted(FOLDER.glob("*.yaml")):
-        for item in yaml.safe_load(file.read_text()):
+        for item in yaml.load(file.read_text(), yaml.CSafeLoader):
             yield Case.model_validate(item)

@@ -175,7 +175,7 @@ class StrictMachine(RuleBasedStateMachine):
 
 
 TestStrictMachine = StrictMachine.TestCase
-TestStrictMachine.settings = settings(max_examples=10 * settings().max_examples, stateful_step_count=20)
+TestStrictMachine.settings = settings(max_examples=6 * settings().max_examples, stateful_step_count=20)
 
 
 @pytest.mark.long

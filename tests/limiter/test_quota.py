@@ -496,7 +496,7 @@ def idle_envoy(world: World, node: Node, phase_us: int = 0) -> Envoy:
     return envoy
 
 
-@pytest.mark.parametrize("tokens", [3_600, 86_400])
+@pytest.mark.parametrize("tokens", [3_600, pytest.param(86_400, marks=pytest.mark.thorough)])
 def test_an_envoy_that_forgets_its_bucket_between_bursts_admits_no_more_than_the_limit(tokens: int) -> None:
     world, node = of_period(tokens, tokens)
     envoy = idle_envoy(world, node)

@@ -30,6 +30,7 @@ def setup_py() -> ModuleType:
     [
         ("", ["setup.py", "bdist_wheel"], True),
         ("1", ["setup.py", "bdist_wheel"], True),
+        ("unoptimized", ["setup.py", "bdist_wheel"], True),
         ("0", ["setup.py", "bdist_wheel"], False),
         ("", ["setup.py", "editable_wheel"], False),
         ("1", ["setup.py", "editable_wheel"], False),
@@ -44,7 +45,7 @@ def test_wheels_are_compiled_unless_it_is_turned_off(
 
 
 def test_another_mode_is_an_error(setup_py: ModuleType) -> None:
-    with pytest.raises(SystemExit, match="RATELIMIT_SIDECAR_COMPILE is 'yes', expected 0, 1 or nothing"):
+    with pytest.raises(SystemExit, match="RATELIMIT_SIDECAR_COMPILE is 'yes', expected 0, 1, unoptimized or nothing"):
         setup_py.is_wanted("yes", ["setup.py", "bdist_wheel"])
 
 
@@ -73,10 +74,11 @@ def test_without_a_compiler_it_is_installed_interpreted_and_says_so(tmp_path: Pa
     assert "ratelimit-sidecar is installed interpreted, a few times slower: no C compiler" in result.stderr
 
 
-def test_a_missing_compiler_is_an_error_when_it_is_insisted_on(tmp_path: Path) -> None:
-    result = built(tmp_path, RATELIMIT_SIDECAR_COMPILE="1")
+@pytest.mark.parametrize("mode", ["1", "unoptimized"])
+def test_a_missing_compiler_is_an_error_when_it_is_insisted_on(mode: str, tmp_path: Path) -> None:
+    result = built(tmp_path, RATELIMIT_SIDECAR_COMPILE=mode)
     assert result.returncode != 0
-    assert "RATELIMIT_SIDECAR_COMPILE=1, and it cannot be compiled: no C compiler" in result.stderr
+    assert f"RATELIMIT_SIDECAR_COMPILE={mode}, and it cannot be compiled: no C compiler" in result.stderr
 
 
 def test_what_breaks_while_it_is_compiled_is_left_out_with_what_was_compiled_before(
