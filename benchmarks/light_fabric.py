@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
-from functools import partial
 from pathlib import Path
 
 import click
@@ -26,7 +25,7 @@ from ratelimit_sidecar.crdt.shares import Membership, Shares
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.fabric.fabric import Fabric
 from ratelimit_sidecar.fabric.scripts import FabricKeys
-from ratelimit_sidecar.persistence.redis_client import connect
+from ratelimit_sidecar.persistence.redis_client import Connector
 from ratelimit_sidecar.replication.bounds import DEFAULT_BOUNDS
 from ratelimit_sidecar.replication.mesh import Mesh
 from ratelimit_sidecar.replication.payments import PaymentExchange
@@ -105,7 +104,7 @@ class LightSidecar:
         self.ledger = GrantLedger(shares, origin, lambda _key: strict)
         self._admissions = None if admissions is None else admissions.open("ab", buffering=0)
         self.fabric = Fabric(
-            partial(connect, config),
+            Connector(config),
             FabricKeys(config.prefix),
             self.store,
             now_us,

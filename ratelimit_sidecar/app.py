@@ -279,10 +279,10 @@ class Sidecar:
         # Imported only when configured.
         from ratelimit_sidecar.fabric.fabric import Fabric  # noqa: PLC0415
         from ratelimit_sidecar.fabric.scripts import FabricKeys  # noqa: PLC0415
-        from ratelimit_sidecar.persistence.redis_client import connect, shard_tags  # noqa: PLC0415
+        from ratelimit_sidecar.persistence.redis_client import Connector, shard_tags  # noqa: PLC0415
 
         fabric = Fabric(
-            partial(connect, config),
+            Connector(config),
             FabricKeys(config.prefix, shard_tags()) if config.cluster else FabricKeys(config.prefix),
             self.limiter.store,
             self.clock.now_us,
@@ -709,11 +709,11 @@ def _make_persistence(
     if kept.file is not None:
         return SnapshotFile(kept.file, store, now_us, local_limit_of_key, kept.every_seconds or SNAPSHOT_SECONDS), None
     # Imported only when configured.
-    from ratelimit_sidecar.persistence.redis_client import connect, keys  # noqa: PLC0415
+    from ratelimit_sidecar.persistence.redis_client import Connector, keys  # noqa: PLC0415
     from ratelimit_sidecar.persistence.redis_store import RedisState  # noqa: PLC0415
 
     every_seconds = kept.every_seconds or REDIS_SECONDS
-    return None, RedisState(partial(connect, kept), keys(kept), store, now_us, every_seconds, tracer=tracer)
+    return None, RedisState(Connector(kept), keys(kept), store, now_us, every_seconds, tracer=tracer)
 
 
 def _ahead(offset_us: int) -> str:

@@ -7,7 +7,6 @@ import random
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,7 +26,7 @@ from ratelimit_sidecar.fabric import sharing
 from ratelimit_sidecar.fabric.fabric import Fabric
 from ratelimit_sidecar.fabric.scripts import GATEWAY, LEASE, FabricKeys
 from ratelimit_sidecar.persistence.redis_calls import Connect
-from ratelimit_sidecar.persistence.redis_client import connect
+from ratelimit_sidecar.persistence.redis_client import Connector
 from ratelimit_sidecar.replication.mesh import Mesh
 from ratelimit_sidecar.replication.payments import PaymentExchange
 
@@ -42,7 +41,7 @@ async def server(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterato
 
 def connect_to(server: RedisServer) -> Connect:
     """Which tries nothing again by itself, as the sidecar's does not."""
-    return partial(connect, FabricConfig.model_validate({"url": server.url}))
+    return Connector(FabricConfig.model_validate({"url": server.url}))
 
 
 class Sidecar:

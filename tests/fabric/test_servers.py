@@ -7,7 +7,6 @@ import re
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,7 +26,7 @@ from ratelimit_sidecar.demo.ports import HOST
 from ratelimit_sidecar.fabric.fabric import Fabric
 from ratelimit_sidecar.fabric.region import region_origin
 from ratelimit_sidecar.fabric.scripts import FabricKeys
-from ratelimit_sidecar.persistence.redis_client import connect, shard_tags
+from ratelimit_sidecar.persistence.redis_client import Connector, shard_tags
 from ratelimit_sidecar.replication.mesh import Mesh
 from ratelimit_sidecar.replication.payments import PaymentExchange
 
@@ -72,7 +71,7 @@ class Live:
             return Mesh(origin=origin, region="east", version="1", store=store, now_us=now_us, payments=payments)
 
         self.fabric = Fabric(
-            partial(connect, fabric),
+            Connector(fabric),
             FabricKeys(fabric.prefix, shard_tags()) if fabric.cluster else FabricKeys(fabric.prefix),
             self.store,
             now_us,

@@ -16,7 +16,9 @@ from persistence.test_snapshot import BEFORE, NOW_US, make_store, take
 from redis.asyncio import Redis
 from redis.crc import key_slot
 
+from ratelimit_sidecar.config.sidecar_schema import FabricConfig
 from ratelimit_sidecar.demo.ports import HOST
+from ratelimit_sidecar.persistence.redis_client import Connector
 
 pytestmark = needs_redis
 
@@ -165,6 +167,17 @@ async def cluster(tmp_path: Path) -> AsyncIterator[list[RedisServer]]:
 
 def url_of(nodes: list[RedisServer]) -> str:
     return "redis://" + ",".join(f"{HOST}:{node.port}" for node in nodes)
+
+
+@pytest.mark.slow
+async def test_a_cluster_is_found_again_although_the_node_in_the_url_is_gone(cluster: list[RedisServer]) -> None:
+    connect = Connector(FabricConfig.model_validate({"url": url_of(cluster[2:]), "cluster": True}))
+    await (await connect().initialize()).aclose()
+    await cluster[2].kill()
+    for _ in range(2):
+        client = await connect().initialize()
+        assert await client.get("ada") is None
+        await client.aclose()
 
 
 async def names_in(nodes: list[RedisServer]) -> list[bytes]:

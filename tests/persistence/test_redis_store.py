@@ -25,7 +25,7 @@ from ratelimit_sidecar.crdt.slot import slot_id
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.limiter.rules import Rules
 from ratelimit_sidecar.persistence.redis_calls import BackOff
-from ratelimit_sidecar.persistence.redis_client import connect, keys
+from ratelimit_sidecar.persistence.redis_client import Connector, keys
 from ratelimit_sidecar.persistence.redis_record import Keys
 from ratelimit_sidecar.persistence.redis_store import RedisState
 from ratelimit_sidecar.persistence.write_queue import MAX_WAITING
@@ -51,7 +51,7 @@ def state_in(
     """That writes 20 times a second, and so keeps all limits, and tries again soon."""
     kept = PersistenceConfig.model_validate({"url": server.url, **config})
     return RedisState(
-        partial(connect, kept),
+        Connector(kept),
         keys(kept),
         store,
         now_us if callable(now_us) else lambda: now_us,
@@ -505,7 +505,7 @@ async def test_a_cancellation_ends_it_at_whatever_step_it_comes(server: RedisSer
         await until(lambda: state.status.written == 1)
     config = PersistenceConfig.model_validate({"url": server.url})
     for steps in range(1, 60):
-        state = RedisState(partial(connect, config), keys(config), store, lambda: NOW_US, every_seconds=0)
+        state = RedisState(Connector(config), keys(config), store, lambda: NOW_US, every_seconds=0)
         if is_connected:
             await state.load()
         hit(state, store, str(steps))
