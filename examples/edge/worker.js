@@ -44,7 +44,9 @@ async function ask(request, env) {
 function descriptorsOf(request) {
   const address = request.headers.get("cf-connecting-ip") ?? "unknown";
   const descriptors = [{ entries: [{ key: "address", value: address }] }];
-  const key = request.headers.get("x-api-key");
+  // Clients choose the key: the first counts, and no more of it than a key has. A question too large gets no answer.
+  const keys = (request.headers.get("x-api-key") ?? "").split(",").map((key) => key.trim().slice(0, 256));
+  const key = keys.find((key) => key !== "");
   if (key) {
     descriptors.push({ entries: [{ key: "api_key", value: key }] });
   }

@@ -119,3 +119,30 @@ async def test_who_may_ask_and_what_is_done_when_nobody_answers(tmp_path: Path) 
                 assert await statuses(client, url, 1) == [200]
             async with edge({"*": nobody}, "EU", upstream, fail="closed") as url:
                 assert await statuses(client, url, 1) == [503]
+
+
+async def test_whatever_a_client_makes_of_its_key_is_asked_about_and_of_two_keys_the_first(tmp_path: Path) -> None:
+    unit = {"unit: second, requests_per_unit: 50": "unit: year, requests_per_unit: 1"}
+    async with (
+        running(tmp_path, "edge", "llm-tokens/model.py", ["envoy"], changed_rules=unit) as clients,
+        edge(
+            {"*": str(clients["envoy"].base_url).rstrip("/")}, "EU", str(clients["upstream"].base_url), "closed"
+        ) as url,
+    ):
+        assert await status_of(url, b"eve") == 200
+        # In JSON it is six times as long.
+        assert await status_of(url, b"\x01" * 45_000) == 200
+        for keys in ([b"eve", b"another"], [b"", b"eve"], [b"eve,another"]):
+            assert await status_of(url, *keys) == 429
+
+
+async def status_of(url: str, *keys: bytes) -> int:
+    """Of a request with these keys as they are; a library would not send all of them."""
+    address = httpx.URL(url)
+    reader, writer = await asyncio.open_connection(address.host, address.port)
+    try:
+        lines = [b"GET /healthz HTTP/1.1", b"host: shop", b"connection: close", *(b"x-api-key: " + key for key in keys)]
+        writer.write(b"\r\n".join(lines) + b"\r\n\r\n")
+        return int((await reader.readline()).split()[1])
+    finally:
+        writer.close()
