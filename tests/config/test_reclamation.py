@@ -19,7 +19,7 @@ from ratelimit_sidecar.config.rules_file import load_rules, rules_of_resources
 from ratelimit_sidecar.config.yaml_data import YamlMap
 from ratelimit_sidecar.limiter.rules import RuleNode
 
-RULES = 2_000
+RULES = 1_000
 
 AT_ONCE = 100
 """Blocks of memory; a descriptor, or a rule, is made of some 40."""
