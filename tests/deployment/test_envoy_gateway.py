@@ -200,6 +200,17 @@ async def test_thousands_of_requests_at_once_wait_for_the_sidecar(regions: dict[
     assert options["explicit_http_config"]["http2_protocol_options"]["max_outbound_control_frames"] == 100_000
 
 
+async def test_no_client_leaves_the_end_of_a_response_unread_for_long(regions: dict[str, Gateway]) -> None:
+    admin = await regions[EAST].admin()
+    dump = (await admin.get("/config_dump", params={"resource": "dynamic_listeners"})).json()
+    (chain,) = [
+        each["active_state"]["listener"]["default_filter_chain"]
+        for each in dump["configs"]
+        if each["name"] == "default/eg/http"
+    ]
+    assert chain["filters"][0]["typed_config"]["stream_flush_timeout"] == "10s"
+
+
 async def test_a_response_costs_the_tokens_that_it_says_it_used_or_the_most(regions: dict[str, Gateway]) -> None:
     async def complete(team: str, tokens: int, *, stream: bool = False) -> httpx.Response:
         body = {"messages": [{"content": "hello"}], "max_tokens": tokens, "stream": stream}
