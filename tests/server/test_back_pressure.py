@@ -25,7 +25,7 @@ from ratelimit_sidecar.server.tls import ServerCertificate
 from ratelimit_sidecar.server.tls_session import TlsSession
 from ratelimit_sidecar.server.turns import QUANTUM_NS, Turns
 
-pytestmark = pytest.mark.asyncio(loop_factories=["asyncio", "uvloop"])
+pytestmark = pytest.mark.asyncio(loop_factories=["uvloop"])
 
 MANY = 500
 

@@ -364,7 +364,7 @@ async def test_many_busy_connections_of_one_address_hold_others_up_no_more_than_
             assert (await flood.answer(stream)).body == frame(b"flood")
 
 
-@pytest.mark.asyncio(loop_factories=["asyncio", "uvloop"])
+@pytest.mark.asyncio(loop_factories=["uvloop"])
 async def test_of_single_calls_of_many_connections_of_one_address_a_few_are_answered_in_each_turn_of_the_loop() -> None:
     handled = 0
 

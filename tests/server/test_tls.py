@@ -1,4 +1,4 @@
-"""TLS of both front ends, on asyncio's event loop and on uvloop's."""
+"""TLS of both front ends, on uvloop, as in the sidecar."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from ratelimit_sidecar.server.rpc import Code
 from ratelimit_sidecar.server.tls import ServerCertificate
 from ratelimit_sidecar.server.tls_session import HANDSHAKE_BYTES
 
-pytestmark = pytest.mark.asyncio(loop_factories=["asyncio", "uvloop"])
+pytestmark = pytest.mark.asyncio(loop_factories=["uvloop"])
 
 PATH = "/test.Echo/Echo"
 NAME = "sidecar.example"
