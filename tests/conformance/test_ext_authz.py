@@ -14,7 +14,7 @@ import pytest
 from config.builders import rules_of
 from google.protobuf.json_format import MessageToDict
 from observed import NoTelemetry
-from server.front_ends import KINDS, channel_to, running
+from server.front_ends import EACH_KIND, channel_to, running
 
 from ratelimit_sidecar.console.server import HttpServer
 from ratelimit_sidecar.crdt.bucket import Origin
@@ -97,7 +97,7 @@ def sidecar_with(folder: Path, rules: str = RULES) -> Sidecar:
     return sidecar
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=EACH_KIND)
 async def sidecar(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Sidecar]:
     sidecar = sidecar_with(tmp_path)
     handlers = {**sidecar.rate_limit.handlers(), **sidecar.ext_authz.handlers()}

@@ -21,7 +21,7 @@ from google.protobuf.wrappers_pb2 import UInt64Value
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 from observed import NoTelemetry
-from server.front_ends import KINDS, Tls, channel_to, independent_channel_to, running
+from server.front_ends import Tls, channel_to, independent_channel_to, running
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.limit import TokenBucketLimit
@@ -90,7 +90,12 @@ class Sidecar:
         return (await HealthStub(self.channel).Check(HealthCheckRequest(service=service), timeout=5)).status
 
 
-@pytest.fixture(params=[f"{kind}-{transport}" for kind in KINDS for transport in ("tcp", "unix", "tls")])
+@pytest.fixture(
+    params=[
+        *("h2-tcp", "h2-unix", "h2-tls", "grpcio-tcp"),
+        *(pytest.param(f"grpcio-{transport}", marks=pytest.mark.thorough) for transport in ("unix", "tls")),
+    ]
+)
 async def sidecar(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Sidecar]:
     async with sidecar_on(request.param, tmp_path) as running_sidecar:
         yield running_sidecar

@@ -12,6 +12,7 @@ from pathlib import Path
 import grpc
 import grpc.aio
 import grpclib.client
+import pytest
 from certificates import Authority
 
 from ratelimit_sidecar.server.bounds import DEFAULT_BOUNDS
@@ -23,6 +24,9 @@ from ratelimit_sidecar.server.tls import ServerCertificate
 from ratelimit_sidecar.server.turns import Turns
 
 KINDS = {"h2": GrpcFrontEnd, "grpcio": GrpcioFrontEnd}
+
+EACH_KIND = ["h2", pytest.param("grpcio", marks=pytest.mark.thorough)]
+"""What `make test` has for the one that sidecars have, and `make test-slow` also for the one that is for comparison."""
 
 
 def echo(message: bytes, _metadata: Metadata) -> bytes:

@@ -10,7 +10,7 @@ import grpc.aio
 import pytest
 import structlog.testing
 from h2.errors import ErrorCodes
-from server.front_ends import KINDS, Tls, channel_to, echo, running
+from server.front_ends import EACH_KIND, Tls, channel_to, echo, running
 from server.raw_http2 import GRPC_HEADERS, connected
 from server.work_clock import PerTurn, WorkClock
 from young import collected_when_told
@@ -28,7 +28,7 @@ INITIAL_WINDOW = 65_535
 CHUNK = 16_384
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=EACH_KIND)
 def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 

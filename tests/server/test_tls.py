@@ -15,7 +15,7 @@ import grpc
 import grpc.aio
 import pytest
 from certificates import Authority
-from server.front_ends import ECHO, KINDS, running
+from server.front_ends import EACH_KIND, ECHO, KINDS, running
 from server.raw_http2 import connected
 from server.tls_records import RecordWriter
 from server.work_clock import PerTurn, WorkClock
@@ -50,7 +50,7 @@ HELLO = _hello()
 """A client's first message, which may be sent any number of times."""
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=EACH_KIND)
 def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -11,7 +11,7 @@ import grpc.aio
 import pytest
 from limiter.requests import OK, OVER_LIMIT, make_request
 from limiter.test_waiting import code_of
-from server.front_ends import KINDS, running
+from server.front_ends import EACH_KIND, running
 from server.raw_http2 import GRPC_HEADERS, connected
 from services.waiting_service import PATH, REQUEST, WaitingService, until
 
@@ -23,7 +23,7 @@ from ratelimit_sidecar.server.grpc_connection import CALL_BYTES
 from ratelimit_sidecar.server.grpc_front_end import GrpcFrontEnd
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=EACH_KIND)
 def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 

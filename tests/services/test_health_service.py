@@ -6,7 +6,7 @@ import grpc.aio
 import pytest
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse, HealthListResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
-from server.front_ends import KINDS, channel_to, running
+from server.front_ends import EACH_KIND, channel_to, running
 from server.work_clock import PerTurn, WorkClock
 
 from ratelimit_sidecar.server.rpc import Code, RpcError
@@ -60,7 +60,7 @@ class Watch:
         return (await self.call.read()).status
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=EACH_KIND)
 def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 

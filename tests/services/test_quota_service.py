@@ -16,7 +16,7 @@ import pytest
 import structlog.testing
 from google.protobuf.duration_pb2 import Duration
 from limiter.requests import decide, make_limiter, make_request
-from server.front_ends import KINDS, channel_to, running
+from server.front_ends import EACH_KIND, channel_to, running
 from server.work_clock import PerTurn, WorkClock
 
 from ratelimit_sidecar.crdt.limit import TokenBucketLimit
@@ -116,7 +116,7 @@ def usage(
     )
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=EACH_KIND)
 def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 

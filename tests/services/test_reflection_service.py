@@ -13,7 +13,7 @@ from grpc_reflection.v1alpha.reflection_pb2 import (
     ServerReflectionRequest,
     ServerReflectionResponse,
 )
-from server.front_ends import KINDS, channel_to, running
+from server.front_ends import EACH_KIND, channel_to, running
 
 from ratelimit_sidecar.services import health
 from ratelimit_sidecar.services.ratelimit import SERVICE_NAME
@@ -22,7 +22,7 @@ from ratelimit_sidecar.services.reflection import PACKAGES, ReflectionService
 SERVICES = [SERVICE_NAME, health.SERVICE_NAME]
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=EACH_KIND)
 def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 
