@@ -48,7 +48,7 @@ COMPOSE_DEMO ?=
 FUZZ ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo compose-demo test test-slow test-all test-deploy differential test-compiled lint compile benchmark format generate simulate soak fuzz lock clean
+.PHONY: help demo compose-demo test test-slow test-all test-deploy differential test-compiled lint collect compile benchmark format generate simulate soak fuzz lock clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -59,7 +59,7 @@ demo: $(DEMO_READY) ## Three regions on this machine, each a real Envoy and a si
 test: $(READY) ## Lint, types, layers, all tests but the slow ones, and those of what is compiled (TESTS="tests/crdt -x" selects)
 	./dev/system-packages test
 ifeq ($(TESTS),)
-	$(MAKE) --jobs 2 --output-sync=target lint $(UNOPTIMIZED_READY)
+	$(MAKE) --jobs 2 --output-sync=target lint $(UNOPTIMIZED_READY) collect
 	@echo "==> Tests"
 	$(PYTEST)
 	$(MAKE) test-compiled
@@ -113,6 +113,10 @@ lint: $(READY) ## Style, types and the direction of dependencies
 	$(BIN)/mypy
 	@echo "==> Layers"
 	$(BIN)/lint-imports --no-logo
+
+# At the first run pytest compiles all tests, which else each of the processes that run them would do. They tell of errors.
+collect: $(READY)
+	-@$(BIN)/python -m pytest --collect-only -qqq > /dev/null
 
 format: $(READY) ## Format the code and fix what can be fixed
 	$(BIN)/ruff check --fix .
