@@ -17,9 +17,11 @@ UNOPTIMIZED_READY := $(UNOPTIMIZED)/.compiled
 COMPILED_PATH := PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(COMPILED):$(CURDIR)
 UNOPTIMIZED_PATH := PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(UNOPTIMIZED):$(CURDIR)
 # What compiling can break, quickly; make test-slow runs all that is compiled through all that tests it.
-COMPILED_TESTS := $(addprefix tests/,crdt limiter conformance/test_corpus.py services/test_ext_authz_any_input.py \
-	server/test_sessions.py server/test_messages.py server/test_grpc_front_end.py replication/test_mesh.py \
-	replication/test_session.py e2e/test_one_limit.py)
+COMPILED_TESTS := $(addprefix tests/,crdt limiter/test_limiter.py limiter/test_matching_properties.py limiter/test_any_bytes.py \
+	limiter/test_answers.py limiter/test_waiting.py limiter/test_give_back.py \
+	limiter/test_quota.py::test_whatever_happens_a_node_assigns_no_more_than_the_limit conformance/test_corpus.py \
+	services/test_ext_authz_any_input.py server/test_sessions.py server/test_messages.py server/test_grpc_front_end.py \
+	replication/test_mesh.py replication/test_session.py e2e/test_one_limit.py)
 ALL_COMPILED_TESTS := $(addprefix tests/,crdt limiter replication server services simulation conformance e2e telemetry/test_traces.py)
 # A file's tests run one after the other, files in the order of tests/conftest.py.
 IN_PARALLEL := --dist loadfile --no-loadscope-reorder
