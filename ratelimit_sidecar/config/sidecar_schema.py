@@ -455,6 +455,12 @@ class RedisTlsConfig(Section):
     key: FilePath | None = Field(None, description="PEM file of its private key, not encrypted.")
 
 
+_CLUSTER = (
+    "Whether `url` is of a Redis Cluster. Name several nodes there: at its start a sidecar asks those alone, and of a"
+    " name with several addresses only the first when that one hangs."
+)
+
+
 class PersistenceConfig(Section):
     """Where buckets are kept across restarts: in a `file`, or in Redis or Valkey at a `url`. Without it, a sidecar that
     starts has only the state of its peers.
@@ -472,7 +478,7 @@ class PersistenceConfig(Section):
     sentinel: Name | None = Field(
         None, description="The name of the master that the Sentinels at `url` know; without it they are no Sentinels."
     )
-    cluster: Flag = Field(False, description="Whether `url` is of a Redis Cluster.")
+    cluster: Flag = Field(False, description=_CLUSTER)
     password_file: FilePath | None = Field(
         None, description="The file with the password; it is read again after each failure."
     )
@@ -502,7 +508,7 @@ class FabricConfig(Section):
     sentinel: Name | None = Field(
         None, description="The name of the master that the Sentinels at `url` know; without it they are no Sentinels."
     )
-    cluster: Flag = Field(False, description="Whether `url` is of a Redis Cluster.")
+    cluster: Flag = Field(False, description=_CLUSTER)
     password_file: FilePath | None = Field(
         None, description="The file of the password, which is read anew after each failure."
     )
