@@ -50,7 +50,7 @@ COMPOSE_DEMO ?=
 FUZZ ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo compose-demo test test-slow test-all test-deploy differential test-compiled lint collect compile benchmark format generate simulate soak fuzz lock clean
+.PHONY: help demo compose-demo test test-slow test-all test-deploy differential test-sources test-compiled lint collect compile benchmark format generate simulate soak fuzz lock clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -61,9 +61,8 @@ demo: $(DEMO_READY) ## Three regions on this machine, each a real Envoy and a si
 test: $(READY) ## Lint, types, layers, all tests but the slow ones, and those of what is compiled (TESTS="tests/crdt -x" selects)
 	./dev/system-packages test
 ifeq ($(TESTS),)
-	$(MAKE) --jobs 2 --output-sync=target lint $(UNOPTIMIZED_READY) collect
-	@echo "==> Tests"
-	$(PYTEST)
+	$(MAKE) --jobs 2 --output-sync=target lint collect
+	$(MAKE) --jobs 2 $(UNOPTIMIZED_READY) test-sources
 	$(MAKE) test-compiled
 else
 	$(MAKE) lint
@@ -95,6 +94,10 @@ compose-demo: $(READY) ## docker-compose.yml from start to stop, a region cut of
 differential: $(READY) ## Compare the answers of envoyproxy/ratelimit and the sidecar (DIFFERENTIAL="--requests 50000")
 	./dev/system-packages test-all
 	PYTHONPATH=tests $(BIN)/python -m differential $(DIFFERENTIAL)
+
+test-sources: $(READY)
+	@echo "==> Tests"
+	$(PYTEST)
 
 # The demo needs a checkout, which what is compiled is not.
 test-compiled: $(UNOPTIMIZED_READY) ## The tests of what is compiled, on the compiled modules
