@@ -43,6 +43,8 @@ class Connector:
     def __init__(self, config: PersistenceConfig | FabricConfig) -> None:
         self._config = config
         self._cluster: RedisCluster | None = None
+        self._known: list[tuple[str, int]] = []
+        """The Cluster's nodes, as it last named them."""
 
     def __call__(self, on_connect: Callable[[], object] = lambda: None) -> Redis | RedisCluster:
         """Another client.
@@ -97,9 +99,10 @@ class Connector:
         self, addresses: list[tuple[str, int]], options: dict[str, Any], greet: Callable[[AbstractConnection], object]
     ) -> RedisCluster:
         if self._cluster is not None:
-            known = self._cluster.nodes_manager.startup_nodes.values()
-            addresses = list(dict.fromkeys([*addresses, *((node.host, int(node.port)) for node in known)]))
-        nodes = [ClusterNode(host, port) for host, port in addresses]
+            # It has none if it reached nobody.
+            named = [(node.host, int(node.port)) for node in self._cluster.get_nodes()]
+            self._known = named or self._known
+        nodes = [ClusterNode(host, port) for host, port in dict.fromkeys([*addresses, *self._known])]
         self._cluster = RedisCluster(startup_nodes=nodes, retry=_retry(_MOVES), **options)
         # RedisCluster has no parameter for this function.
         self._cluster.connection_kwargs["redis_connect_func"] = greet
