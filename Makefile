@@ -13,9 +13,8 @@ COMPILED := build/compiled
 UNOPTIMIZED := build/unoptimized
 COMPILED_READY := $(COMPILED)/.compiled
 UNOPTIMIZED_READY := $(UNOPTIMIZED)/.compiled
-# What is compiled is found before the sources.
-COMPILED_PATH := PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(COMPILED):$(CURDIR)
-UNOPTIMIZED_PATH := PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(UNOPTIMIZED):$(CURDIR)
+# What is compiled there is found before the sources.
+first = PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(1):$(CURDIR)
 # What compiling can break, quickly; make test-slow runs all that is compiled through all that tests it.
 COMPILED_TESTS := $(addprefix tests/,crdt limiter/test_limiter.py limiter/test_matching_properties.py limiter/test_any_bytes.py \
 	limiter/test_answers.py limiter/test_waiting.py limiter/test_give_back.py \
@@ -102,13 +101,13 @@ test-sources: $(READY)
 # The demo needs a checkout, which what is compiled is not.
 test-compiled: $(UNOPTIMIZED_READY) ## The tests of what is compiled, on the compiled modules
 	@echo "==> Tests of the compiled modules"
-	HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-quick} $(UNOPTIMIZED_PATH) $(PYTEST) -m "$(COMPILED_MARKS)" $(COMPILED_TESTS) \
+	HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-quick} $(call first,$(UNOPTIMIZED)) $(PYTEST) -m "$(COMPILED_MARKS)" $(COMPILED_TESTS) \
 		--ignore tests/e2e/test_demo_command.py
 
 compile: $(COMPILED_READY) ## The modules that requests and replication pass through as machine code, into build/compiled (a minute)
 
 benchmark: $(COMPILED_READY) ## Measure the compiled sidecar (BENCHMARK="front_end --rounds 3"; docs/performance.md)
-	$(COMPILED_PATH) $(BIN)/python -m benchmarks.$(BENCHMARK)
+	$(call first,$(COMPILED)) $(BIN)/python -m benchmarks.$(BENCHMARK)
 
 lint: $(READY) ## Style, types and the direction of dependencies
 	@echo "==> Style"
@@ -169,11 +168,12 @@ $(DEPLOY_READY): $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[deploy]'
 	@touch $@
 
+$(COMPILED_READY): MODE := 1
 $(UNOPTIMIZED_READY): MODE := unoptimized
 $(COMPILED_READY) $(UNOPTIMIZED_READY): $(READY) $(SOURCES)
 	./dev/system-packages compile $(BIN)/python
 	@echo "==> Hot modules compiled by mypyc, in $(@D)"
 	rm -rf $(@D) build/bdist.* build/lib.* build/temp.*
-	RATELIMIT_SIDECAR_COMPILE=$(or $(MODE),1) $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	RATELIMIT_SIDECAR_COMPILE=$(MODE) $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--no-deps --no-build-isolation --target $(@D) .
 	@touch $@
