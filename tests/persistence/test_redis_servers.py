@@ -173,6 +173,7 @@ def url_of(nodes: list[RedisServer]) -> str:
 async def test_a_cluster_is_found_again_although_the_node_in_the_url_is_gone(cluster: list[RedisServer]) -> None:
     connect = Connector(FabricConfig.model_validate({"url": url_of(cluster[2:]), "cluster": True}))
     await (await connect().initialize()).aclose()
+    # What is known is not lost by a client that reached nobody.
     connect()
     await cluster[2].kill()
     for _ in range(2):
