@@ -139,11 +139,11 @@ local version = redis.call('HGET', key, 'version') or ''
 if lineage ~= ARGV[5] or version ~= ARGV[6] or version == '' then
   return {lineage, version, ARGV[3], redis.call('HGET', key, 'members') or ''}
 end
-local generation, most = math.floor(clock / COUNTED), tonumber(ARGV[7])
+local generation, max_buckets = math.floor(clock / COUNTED), tonumber(ARGV[7])
 
 local function has_room(class)
   local taken = redis.call('HMGET', key, 'taken', 'r' .. class)
-  return (tonumber(taken[2]) or 0) < RULE_SHARE * (most - (tonumber(taken[1]) or 0))
+  return (tonumber(taken[2]) or 0) < RULE_SHARE * (max_buckets - (tonumber(taken[1]) or 0))
 end
 
 local function draw(name, text)

@@ -105,11 +105,11 @@ class SharedRoom:
     """How many buckets a sidecar shares at once, of all shards, and how many of each a tick asks about.
 
     Args:
-        most: buckets at once.
+        max_buckets: buckets at once.
     """
 
-    def __init__(self, most: int = MAX_SHARED) -> None:
-        self.most: Final = most
+    def __init__(self, max_buckets: int = MAX_SHARED) -> None:
+        self.max_buckets: Final = max_buckets
         self.has_missed = False
         """Some bucket found no room, or made room for another, and was not told."""
         self._shards: list[Sharing] = []
@@ -125,11 +125,11 @@ class SharedRoom:
     @property
     def is_ample(self) -> bool:
         """True when further buckets find room without another one of use having to go."""
-        return sum([shard.busy for shard in self._shards]) < self.most * AMPLE_SHARE
+        return sum([shard.busy for shard in self._shards]) < self.max_buckets * AMPLE_SHARE
 
     def make_room_for(self, bucket: Bucket, *, is_urgent: bool) -> bool:
         """Have room for one more bucket; returns False when the others are of more use. O(shards)."""
-        if self.taken < self.most:
+        if self.taken < self.max_buckets:
             return True
         longest = max(self._shards, key=_resting_of)
         if longest.resting:
@@ -145,10 +145,10 @@ class SharedRoom:
             is_last: the sidecar stops: ask about all that are busy.
         """
         busy = max(sum([shard.busy for shard in self._shards]), 1)
-        tick_buckets = max(self.most // TICKS_OF_ALL, BATCH_BUCKETS)
+        tick_buckets = max(self.max_buckets // TICKS_OF_ALL, BATCH_BUCKETS)
         for shard in self._shards:
             part = tick_buckets * shard.busy // busy
-            shard.begin_tick(self.most if is_last else max(part, BATCH_BUCKETS))
+            shard.begin_tick(self.max_buckets if is_last else max(part, BATCH_BUCKETS))
 
 
 class Sharing:
@@ -244,11 +244,11 @@ class Sharing:
         self._era += 1
         self._version = 0
 
-    def begin_tick(self, most: int) -> None:
+    def begin_tick(self, max_buckets: int) -> None:
         """Begin to ask about so many busy buckets."""
-        self._is_behind = len(self._busy) > most
+        self._is_behind = len(self._busy) > max_buckets
         resting = -(-len(self._resting) // RESTING_TICKS)
-        self._left = min(len(self._busy), most), min(resting, most // RESTING_PART)
+        self._left = min(len(self._busy), max_buckets), min(resting, max_buckets // RESTING_PART)
         self._unanswered_ticks += 1
         self.has_to_ask = self._unanswered_ticks >= RESTING_TICKS
 

@@ -43,7 +43,7 @@ class Division:
         Returns:
             The demand of this node's Envoys.
         """
-        total = self._total(pool, base, strict_us)
+        total, pool.share_base = self._left(pool, base, strict_us)
         of_peers = [group for each in pool.peer_demands.values() for group in each.groups]
         # Buckets that wait will get one of the orphaned assignments: count those only once.
         buckets = [bucket for bucket in pool.buckets if not (pool.orphans and bucket in pool.waiting)]
@@ -76,23 +76,23 @@ class Division:
         if pool.planned_take is not None and pool.planned_take.compiled.is_strict and pool.share_base is not None:
             self.withhold(pool, pool.share_base, 0, strict_us)
 
-    def _total(self, pool: Pool, base: ShareBase, strict_us: int) -> int:
-        """The rate that can be divided. Sets the burst."""
+    def _left(self, pool: Pool, base: ShareBase, strict_us: int) -> tuple[int, ShareBase]:
+        """The rate that can be divided, and `base` with the burst that is left."""
         take, ledger = pool.planned_take, self._limiter.ledger
         if take is None or pool.limit is None:
-            return base.rate
+            return base.rate, base
         if take.compiled.is_strict:
             assert ledger is not None
             assert isinstance(pool.limit, TokenBucketLimit)
             capacity = pool.limit.capacity
-            return base.rate * ledger.shares.home(pool.key, capacity, strict_us) // (TOKEN * max(1, capacity))
+            return base.rate * ledger.shares.home(pool.key, capacity, strict_us) // (TOKEN * max(1, capacity)), base
         limit, charged_us = pool.limit, self._now_us()
         if isinstance(limit, WindowLimit):
             left = self._limiter.left_within(take, look_ahead_us(limit), charged_us)
-            return within_window(limit, base.rate, left)
+            return within_window(limit, base.rate, left), base
         used = self._limiter.used(take, charged_us)
-        pool.share_base = base._replace(burst=within_left(limit, base.rate, used, pool.pending))
-        return within_debt(limit, base.rate, used)
+        left_base = base._replace(burst=within_left(limit, base.rate, used, pool.pending))
+        return within_debt(limit, base.rate, used), left_base
 
     def withhold(self, pool: Pool, base: ShareBase, rate: int, strict_us: int) -> int:
         """Withhold the rate that Envoys have in total from the bucket of a strict limit.

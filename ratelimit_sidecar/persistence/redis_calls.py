@@ -37,22 +37,22 @@ class Unusable(Exception):
 
 
 class BackOff:
-    """How long to wait before the next attempt: from `first` seconds on twice as long each time, up to `most`.
+    """How long to wait before the next attempt: from `first` seconds on twice as long each time, up to `longest`.
 
     Args:
         least_part: of that time, at least 0 and at most 1; the rest is cut short at random, so that many sidecars do
             not come back at once.
     """
 
-    def __init__(self, first: float, most: float, *, least_part: float = 0.5) -> None:
+    def __init__(self, first: float, longest: float, *, least_part: float = 0.5) -> None:
         self._first = self._seconds = first
-        self._most = most
+        self._longest = longest
         self._least_part = least_part
 
     def next(self) -> float:
         """The seconds to wait now."""
         seconds = self._seconds
-        self._seconds = min(2 * seconds, self._most)
+        self._seconds = min(2 * seconds, self._longest)
         return seconds * random.uniform(self._least_part, 1)
 
     def reset(self) -> None:

@@ -348,7 +348,7 @@ def read_base(text: bytes, limit: AnyLimit) -> Base:
     return Base(boundary_us, -(-(full_us - boundary_us) * tokens * limit.period_us // period_us))
 
 
-def _bounded(number: int, most: int) -> int:
-    if not 0 <= number <= most:
+def _bounded(number: int, maximum: int) -> int:
+    if not 0 <= number <= maximum:
         raise ValueError("a number out of its range")
     return number

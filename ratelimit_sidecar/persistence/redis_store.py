@@ -346,7 +346,7 @@ class RedisState:
                 # A queue that is always full must not keep the others from being written again.
                 await self._write_again(client, BATCH_BUCKETS)
 
-    async def _write_again(self, client: _Client, most: int) -> None:
+    async def _write_again(self, client: _Client, max_buckets: int) -> None:
         """Write so many of the buckets that are to be written again."""
         if self._again is None and self._has_missed:
             self._has_missed, self._again = False, self._store.walk()
@@ -354,7 +354,7 @@ class RedisState:
         time_slice = TimeSlice()
         batch: dict[bytes, Slots] = {}
         again = self._again
-        while again is not None and most > 0:
+        while again is not None and max_buckets > 0:
             bucket = next(again, None)
             if bucket is None:
                 if self._again is again:
@@ -362,7 +362,7 @@ class RedisState:
                 break
             if bucket.is_replicated and is_worth_keeping(bucket.limit, every_us) and len(bucket.key) <= MAX_KEY_BYTES:
                 batch[bucket.key] = None
-                most -= 1
+                max_buckets -= 1
             if len(batch) >= BATCH_BUCKETS:
                 await self._write(client, batch)
                 batch = {}

@@ -33,12 +33,12 @@ class WriteQueue:
 
     Args:
         rule_key: returns the part of a bucket key that all buckets of its rule share.
-        most: the most buckets at once.
+        max_waiting: the most buckets at once.
     """
 
-    def __init__(self, rule_key: Callable[[bytes], bytes], most: int = MAX_WAITING) -> None:
+    def __init__(self, rule_key: Callable[[bytes], bytes], max_waiting: int = MAX_WAITING) -> None:
         self._rule_key = rule_key
-        self._most = most
+        self._max_waiting = max_waiting
         self._queues = OrderedDict[tuple[bytes, bool], _Queue]()
         """By rule and whether much was taken of the buckets. Those whose turn is next come first; none is empty."""
         self._queue_of: dict[bytes, tuple[bytes, bool]] = {}
@@ -61,10 +61,10 @@ class WriteQueue:
         self._queue_of[key] = name
         return True
 
-    def take(self, most: int) -> dict[bytes, Slots]:
-        """Remove the next buckets: the one that has waited longest in each queue, in turn. O(`most`)."""
+    def take(self, count: int) -> dict[bytes, Slots]:
+        """Remove the next buckets: the one that has waited longest in each queue, in turn. O(`count`)."""
         taken: dict[bytes, Slots] = {}
-        while self._queues and len(taken) < most:
+        while self._queues and len(taken) < count:
             name, queue = self._queues.popitem(last=False)
             key, slots = queue.popitem(last=False)
             del self._queue_of[key]
@@ -74,7 +74,7 @@ class WriteQueue:
         return taken
 
     def _has_place(self, name: tuple[bytes, bool]) -> bool:
-        return len(self._queues.get(name, ())) < self._most - len(self._queue_of)
+        return len(self._queues.get(name, ())) < self._max_waiting - len(self._queue_of)
 
     def _remove(self, key: bytes) -> Slots:
         name = self._queue_of.pop(key)

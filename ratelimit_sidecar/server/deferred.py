@@ -24,11 +24,11 @@ class HttpWaits:
     """Lets requests over HTTP wait, as long as enough of the places of `console.requests` are left for others.
 
     Args:
-        most: requests that wait at once.
+        max_waiting: requests that wait at once.
     """
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, max_waiting: int) -> None:
+        self._max_waiting = max_waiting
         self._waiting = 0
 
     async def answer_of(self, waiting: PendingDecision, receive: Receive) -> bytes | None:
@@ -37,7 +37,7 @@ class HttpWaits:
         Args:
             receive: of the request.
         """
-        if self._waiting >= self._most:
+        if self._waiting >= self._max_waiting:
             waiting.end_now()
             return waiting.result()
         self._waiting += 1

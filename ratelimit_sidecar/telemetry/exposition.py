@@ -77,10 +77,10 @@ def sample_slices(
         whole_histograms: True to put all samples of a histogram, which are few, into one slice.
     """
     for family in registry.collect():
-        most = None if whole_histograms and family.type == "histogram" else SLICE_SAMPLES
+        size = None if whole_histograms and family.type == "histogram" else SLICE_SAMPLES
         samples = iter(family.samples)
-        yield family, list(islice(samples, most)), True
-        while part := list(islice(samples, most)):
+        yield family, list(islice(samples, size)), True
+        while part := list(islice(samples, size)):
             yield family, part, False
 
 

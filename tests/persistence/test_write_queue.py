@@ -28,7 +28,7 @@ def bucket(store: Store, value: str, taken: int = 1, rule: str = "user") -> Buck
 
 
 def test_a_flooded_rule_leaves_places_and_turns_to_others(store: Store) -> None:
-    queue = WriteQueue(rule_key, most=100)
+    queue = WriteQueue(rule_key, max_waiting=100)
     places = [queue.add(bucket(store, f"invented-{number}"), [1]) for number in range(200)]
     assert sum(places) == 50
     spared = [bucket(store, "spared", rule="tenant"), bucket(store, "used-up", taken=90)]
@@ -37,7 +37,7 @@ def test_a_flooded_rule_leaves_places_and_turns_to_others(store: Store) -> None:
 
 
 def test_a_waiting_bucket_of_which_much_is_taken_need_wait_no_longer_and_keeps_its_slots(store: Store) -> None:
-    queue = WriteQueue(rule_key, most=100)
+    queue = WriteQueue(rule_key, max_waiting=100)
     for number in range(20):
         queue.add(bucket(store, f"invented-{number}"), [1])
     queue.add(bucket(store, "late"), [1, 2])
@@ -47,7 +47,7 @@ def test_a_waiting_bucket_of_which_much_is_taken_need_wait_no_longer_and_keeps_i
 
 
 def test_one_that_finds_no_place_among_those_of_which_much_was_taken_keeps_its_place(store: Store) -> None:
-    queue = WriteQueue(rule_key, most=4)
+    queue = WriteQueue(rule_key, max_waiting=4)
     queue.add(bucket(store, "late"), [1])
     queue.add(bucket(store, "first", taken=90), [1])
     queue.add(bucket(store, "second", taken=90), [1])
@@ -57,7 +57,7 @@ def test_one_that_finds_no_place_among_those_of_which_much_was_taken_keeps_its_p
 
 
 def test_one_that_has_refilled_while_it_waits_keeps_its_turn(store: Store) -> None:
-    queue = WriteQueue(rule_key, most=100)
+    queue = WriteQueue(rule_key, max_waiting=100)
     for number in range(20):
         queue.add(bucket(store, f"invented-{number}"), [1])
     late = bucket(store, "late", taken=90)
@@ -89,7 +89,7 @@ added = st.tuples(st.sampled_from("abcdefgh"), st.sampled_from(("user", "org")),
 @given(st.lists(added | st.integers(1, 5)))
 def test_what_was_given_a_place_is_taken_once_with_all_its_slots(steps: list) -> None:
     store = Store(Origin("here", 1), lambda _: LIMIT, rule_key=rule_key)
-    queue = WriteQueue(rule_key, most=6)
+    queue = WriteQueue(rule_key, max_waiting=6)
     waiting: dict[bytes, set[int]] = {}
     for step in [*steps, 99]:
         if isinstance(step, int):
