@@ -321,7 +321,7 @@ class ListenConfig(Section):
     admin_token_file: FilePath | None = Field(
         None,
         description="File with the token for changing state over `listen.admin`, as `ratelimit-sidecar reset` does;"
-        " read for each request. Without it only this machine itself may, and not through a proxy.",
+        " read for each request. Without it only this machine itself may, on loopback and not through a proxy.",
     )
     sync: Annotated[
         TcpListenAddress | None,

@@ -1,15 +1,14 @@
 """Decides who may change state over the console: callers with the token in `listen.admin_token_file` or, without such a
-file, callers on this machine.
+file, callers on this machine, who ask on loopback.
 
-A request from loopback may come from a proxy that anybody can call. Proxies add headers. So without a token file, a
-request with such a header is refused.
+Such a request may come from a proxy that anybody can call. Proxies add headers. So without a token file, a request with
+such a header is refused.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hmac
-import ipaddress
 from pathlib import Path
 from typing import Final
 
@@ -34,6 +33,9 @@ _OF_PROXIES: Final = (
     "x-request-id",
 )
 """Prefixes of names of headers that proxies add."""
+
+_LOOPBACK: Final = ("127.0.0.1", "::1")
+"""Other addresses of loopback are of proxies: Istio's calls the address of its pod from 127.0.0.6."""
 
 _CHALLENGE: Final = {"WWW-Authenticate": "Bearer"}
 
@@ -70,13 +72,11 @@ class Authority:
 
 
 def _require_this_machine(request: Request) -> None:
-    host = request.client.host if request.client is not None else ""
-    try:
-        is_loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        is_loopback = False
-    if not is_loopback:
-        raise HTTPException(403, "only this machine itself may ask for that; listen.admin_token_file lets others do so")
+    ends = request.scope["client"], request.scope["server"]
+    if not all(end is not None and end[0] in _LOOPBACK for end in ends):
+        raise HTTPException(
+            403, "only this machine itself may ask for that, on loopback; listen.admin_token_file lets others do so"
+        )
     of_proxy = next((name for name in request.headers if name.startswith(_OF_PROXIES)), None)
     if of_proxy is not None:
         raise HTTPException(

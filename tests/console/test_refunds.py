@@ -118,14 +118,25 @@ async def test_without_room_for_a_bucket_of_its_own_there_is_none_to_refill() ->
     assert "max_buckets" in response.json()["error"]
 
 
-@pytest.mark.parametrize("client", ["127.0.0.1", "127.8.0.1", "::1"])
-async def test_without_a_token_file_this_machine_may(client: str) -> None:
-    assert (await post(used_up(), client=client)).status_code == 200
+@pytest.mark.parametrize(("client", "host"), [("127.0.0.1", "127.0.0.1:8080"), ("::1", "[::1]:8080")])
+async def test_without_a_token_file_this_machine_may(client: str, host: str) -> None:
+    assert (await post(used_up(), client=client, host=host)).status_code == 200
 
 
-async def test_without_a_token_file_others_may_not() -> None:
+@pytest.mark.parametrize(
+    ("client", "host"),
+    [
+        ("10.0.0.9", "10.0.0.1:8080"),
+        ("10.0.0.9", "127.0.0.1:8080"),
+        # What Istio's proxy leads on to the pod it is in, as bytes of TCP or to its loopback.
+        ("127.0.0.6", "10.0.0.1:8080"),
+        ("127.0.0.6", "127.0.0.1:8080"),
+        ("127.0.0.1", "10.0.0.1:8080"),
+    ],
+)
+async def test_without_a_token_file_others_may_not(client: str, host: str) -> None:
     console = used_up()
-    response = await post(console, client="10.0.0.9")
+    response = await post(console, client=client, host=host)
     assert response.status_code == 403
     assert "listen.admin_token_file" in response.json()["error"]
     assert remaining(console) == 0
@@ -193,9 +204,9 @@ async def test_no_page_of_another_site_can_ask(headers: dict[str, str], status: 
 async def test_the_log_says_who_gave_back_how_much_and_of_what_rule(shows_values: bool) -> None:
     console = used_up(shows_values=shows_values)
     with capture_logs() as logs:
-        await post(console, {**ASKED, "tokens": 1}, client="127.0.0.7")
+        await post(console, {**ASKED, "tokens": 1}, client="::1")
     [line] = [line for line in logs if line["event"] == "refunded"]
-    assert (line["by"], line["domain"], line["rule"]) == ("127.0.0.7", "edge", "edge.tenant")
+    assert (line["by"], line["domain"], line["rule"]) == ("::1", "edge", "edge.tenant")
     assert (line["asked"], line["given"]) == (1, 1)
     assert (line["before"], line["after"]) == ({"remaining": 0, "debt": 0}, {"remaining": 1, "debt": 0})
     assert ("acme" in str(line)) is shows_values

@@ -239,8 +239,8 @@ async def test_no_client_leaves_the_end_of_a_response_unread_for_long(regions: d
 
 
 async def test_a_response_costs_the_tokens_that_it_says_it_used_or_the_most(regions: dict[str, Gateway]) -> None:
-    async def complete(team: str, tokens: int, *, stream: bool = False) -> httpx.Response:
-        body = {"messages": [{"content": "hello"}], "max_tokens": tokens, "stream": stream}
+    async def complete(team: str, tokens: int, **options: object) -> httpx.Response:
+        body = {"messages": [{"content": "hello"}], "max_tokens": tokens, **options}
         return await regions[EAST].proxy.post("/v1/chat/completions", json=body, headers={"x-team": team})
 
     first = await complete("red", 589)
@@ -261,6 +261,9 @@ async def test_a_response_costs_the_tokens_that_it_says_it_used_or_the_most(regi
     assert (await complete("red", 1)).status_code == 429
     assert (await complete("blue", 1, stream=True)).status_code == 200, "it says nothing"
     await until(partial(charged, "blue", 399))
+    said = {"stream": True, "stream_options": {"include_usage": True}}
+    assert (await complete("green", 99, **said)).status_code == 200
+    await until(partial(charged, "green", 899))
 
 
 async def test_a_limit_holds_in_both_regions_together(regions: dict[str, Gateway]) -> None:
