@@ -13,8 +13,10 @@ room: it takes the tokens out of its level and counts them in R until the peer r
 than the peer may use them. The peer *wishes* for a ticket, and uses it only within `TICKET_US` of the wish; what it
 neither uses nor has room for, it returns.
 
-Safety depends on this file, `shares.py` and `homes.py`, and on callers that free room only once the stream is closed
-(`replication/payments.py`). `payment_policy.py` decides when and how much is asked for and paid.
+Safety depends on this file, `shares.py` and `homes.py`, and on callers. They free the room of an ask only once its
+stream is closed (`replication/payments.py`), and that of a ticket only when the peer reports that it is done with it or
+after `HOLD_US`, never because a stream is closed (`ledger.py`). They call `take_rest` after each `accept`
+(`waiting.py`). `payment_policy.py` decides when and how much is asked for and paid.
 
 A peer's stream is given here as its `stream_number`, this node's own (see `replication.payments.StreamPayments`).
 

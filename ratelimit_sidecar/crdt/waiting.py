@@ -1,5 +1,5 @@
-"""Requests that wait for tokens of a strict bucket, and the tickets wished for on their behalf. Safety does not depend
-on this file: `strict.py` says what a ticket is.
+"""Requests that wait for tokens of a strict bucket, and the tickets wished for on their behalf; `strict.py` says what a
+ticket is. Of this file safety depends on `WaitQueue.accept` alone: it calls `take_rest` after each `accept`.
 
 A request that finds its bucket short may join the bucket's queue, if peers are believed to have as many tokens as all
 in the queue need. Each tick wishes for the tokens that are not wished for yet, from the peers that have most. Requests

@@ -323,7 +323,8 @@ class PaymentExchange:
             raise ProtocolError(Reason.EXHAUSTED, f"{MAX_WISHES} wishes were made on this stream")
 
     def closed(self, stream: StreamPayments) -> None:
-        """Free the room of a stream's unanswered asks, and give up its wishes: it is closed at this end."""
+        """Free the room of a stream's unanswered asks, and give up its wishes: it is closed at this end. What was set
+        aside for the peer's wishes stays so: a ticket that has arrived may still be used."""
         self.ledger.closed(stream.stream_number, stream.unanswered_asks, self._strict_us())
         stream.unanswered_asks.clear()
         for number, wish in stream.unanswered_wishes.items():
