@@ -49,8 +49,8 @@ class Ask(NamedTuple):
     """A request to a peer for up to `amount`.
 
     Args:
-        level: the level of the node that asks.
-        demand: the tokens that its requests ask for in a second.
+        level: the level of the node that asks, as an amount.
+        demand: the amount that its requests ask for in a second.
         is_short: True if it has denied a request lately.
     """
 
