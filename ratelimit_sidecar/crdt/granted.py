@@ -231,7 +231,7 @@ class GrantLedger(Ledger):
         return bucket
 
     def _make(self, key: bytes, limit: TokenBucketLimit, strict_us: int) -> StrictBucket:
-        if not self.room.take(key):
+        if not self.places.take(key):
             raise StoreFull
         bucket = self._new_bucket(key, limit, strict_us)
         self._add(key, bucket)

@@ -15,7 +15,7 @@ from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.homes import Homes
 from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.crdt.payment_policy import Ask, Pay, PaymentPolicy, Ticket
-from ratelimit_sidecar.crdt.room import Room
+from ratelimit_sidecar.crdt.places import BucketPlaces
 from ratelimit_sidecar.crdt.shares import TOKEN, Shares
 from ratelimit_sidecar.crdt.store import DEFAULT_MAX_BUCKETS, LimitOfKey, StoreFull
 from ratelimit_sidecar.crdt.strict import HOLD_US, StrictBucket
@@ -60,7 +60,7 @@ class Ledger:
         max_buckets: int = DEFAULT_MAX_BUCKETS,
         rule_key: Callable[[bytes], bytes] = lambda _key: b"",
     ) -> None:
-        self.room = Room(max_buckets, rule_key)
+        self.places = BucketPlaces(max_buckets, rule_key)
         self.shares = shares
         self.limit_of_key = limit_of_key
         self.queues = WaitQueues()
@@ -306,13 +306,13 @@ class Ledger:
             bucket = policy.bucket
             if not bucket.is_active and bucket.key not in self.queues.by_key and bucket.is_idle(strict_us):
                 del self._all[bucket.key]
-                self.room.give_back(bucket.key)
+                self.places.give_back(bucket.key)
             else:
                 self._sweep_order.append(policy)
         return count
 
     def _make(self, key: bytes, limit: TokenBucketLimit, strict_us: int) -> StrictBucket:
-        if not self.room.take(key):
+        if not self.places.take(key):
             raise StoreFull
         self._homes.look(strict_us)
         home, from_us = self.shares.home(key, limit.capacity, strict_us), self._homes.since_us

@@ -120,8 +120,8 @@ class PaymentPolicy:
         is_short = self._is_short(strict_us)
         if not is_short and (bucket.level >= bucket.ceiling * 3 // 4 or not bucket.demand):
             return {}
-        limit, home, room = bucket.limit, bucket.home, bucket.room
-        room -= min(room // 4, bucket.refill * PAY_AHEAD_US)
+        limit, home, free_room = bucket.limit, bucket.home, bucket.free_room
+        free_room -= min(free_room // 4, bucket.refill * PAY_AHEAD_US)
         pace_us = max(LEAST_PACE_US, (limit.ceiling // limit.tokens) >> PACE_SHIFT)
         slow_pace_us = max(pace_us, PAY_AHEAD_US) if home < 8 * TOKEN else pace_us
         # What each is likely to have left: at most as much as this replica's home.
@@ -137,7 +137,7 @@ class PaymentPolicy:
         asks = {}
         for peer, left in likely.items():
             payer = self._peers[peer]
-            grains = room * left // total if total else 0
+            grains = free_room * left // total if total else 0
             # No more than the peer is credited with: anything above that would be paid but not counted here.
             if payer.answered_us != NEVER_US:
                 grains = min(grains, bucket.credit_of(peer, payer.max_home))

@@ -4,7 +4,7 @@ Holds active buckets only: an idle one equals an absent one, so `sweep` drops it
 collect in a journal that holds a bucket at most once. So the journal never has more entries than there are buckets,
 even when nobody drains it.
 
-Anybody can invent keys, so the number of buckets is bounded (`room`). No live bucket is dropped to make room, because
+Anybody can invent keys, so the number of buckets is bounded (`places`). No live bucket is dropped to make room, because
 that would give its tokens back. Instead a new key gets no bucket: the caller takes from an overflow bucket that several
 keys share, and what peers send about the key is ignored. `sweep` makes room again.
 
@@ -21,7 +21,7 @@ from typing import Final
 from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.journal import Journal, is_nearly_used_up
 from ratelimit_sidecar.crdt.limit import AnyLimit, TokenBucketLimit, Window
-from ratelimit_sidecar.crdt.room import Room
+from ratelimit_sidecar.crdt.places import BucketPlaces
 from ratelimit_sidecar.crdt.token_bucket import Sealing, TokenBucket
 from ratelimit_sidecar.crdt.untracked_dict import SHARDS, UntrackedDict
 from ratelimit_sidecar.crdt.window import FixedWindow, SlidingWindow
@@ -65,7 +65,7 @@ class Store:
         origin: this replica.
         limit_of_key: called for keys that peers send.
         max_buckets: the most buckets at once; at least 1.
-        rule_key: see `Room`.
+        rule_key: see `BucketPlaces`.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Store:
     ) -> None:
         self.origin = origin
         self.limit_of_key = limit_of_key
-        self.room = Room(max_buckets, rule_key)
+        self.places = BucketPlaces(max_buckets, rule_key)
         self._buckets = UntrackedDict[Bucket]()
         self.journal = Journal()
         self._to_sweep: list[Bucket] = []
@@ -135,7 +135,7 @@ class Store:
         """
         bucket = self._buckets.get(key)
         if bucket is None:
-            if not self.room.take(key, is_restored=self.journal.is_restoring):
+            if not self.places.take(key, is_restored=self.journal.is_restoring):
                 if self.full_since_us is None:
                     self.full_since_us = now_us
                 raise StoreFull
@@ -276,11 +276,11 @@ class Store:
                 bucket.shorten(now_us, self.horizon_shift)
             if bucket.is_idle(now_us):
                 del self._buckets[bucket.key]
-                self.room.give_back(bucket.key)
+                self.places.give_back(bucket.key)
                 self.evicted += 1
             elif isinstance(bucket, TokenBucket):
                 self._slots_seen += bucket.slots
-        if self.room.is_ample:
+        if self.places.is_ample:
             self.full_since_us = None
         return looked
 

@@ -262,8 +262,8 @@ class StrictBucket(Bucket):
         return (sum(self.reserved.values()) + self.aside) * self._limit.period_us
 
     @property
-    def room(self) -> int:
-        """The most grains that can be asked for."""
+    def free_room(self) -> int:
+        """The grains of the home that are neither in the level nor reserved: the most that can be asked for."""
         return self.ceiling - max(0, self.level) - self.room_reserved
 
     def ask(self, stream_number: int, amount: int) -> None:
@@ -274,7 +274,7 @@ class StrictBucket(Bucket):
             amount: more than 0, and no more than there is room for.
         """
         assert stream_number not in self.reserved
-        assert 0 < amount * self._limit.period_us <= self.room
+        assert 0 < amount * self._limit.period_us <= self.free_room
         self.reserved[stream_number] = amount
 
     def pay(self, peer: str, amount: int) -> int:
@@ -299,7 +299,7 @@ class StrictBucket(Bucket):
         credit, asked = self.credit_of(peer, max_home), self.reserved.pop(stream_number)
         grains = min(amount, asked) * self._limit.period_us
         # If the limit was lowered meanwhile, there may be less room than was reserved.
-        added = max(0, min(grains, self.room, credit))
+        added = max(0, min(grains, self.free_room, credit))
         self._lacking[peer] = scaled_home(self._limit, max_home)[0] - credit + added, self.at_us
         self.level += added
         return amount <= asked and grains <= credit
@@ -335,7 +335,7 @@ class StrictBucket(Bucket):
         self.aside -= amount
         returned = min(returned, amount)
         # If the limit was lowered meanwhile, there may be less room than was reserved.
-        self.level += max(0, min(returned * self._limit.period_us, self.room))
+        self.level += max(0, min(returned * self._limit.period_us, self.free_room))
         self._note_lacking(peer, returned - amount)
 
     def wish(self, number: int) -> None:

@@ -19,7 +19,7 @@ from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.changes import MAX_BATCH_BUCKETS, ChangeLog
 from ratelimit_sidecar.replication.deltas import OnNews
 from ratelimit_sidecar.replication.demands import Demands
-from ratelimit_sidecar.replication.key_ids import KeyRoom
+from ratelimit_sidecar.replication.key_ids import KeyMemory
 from ratelimit_sidecar.replication.pace import Steps
 from ratelimit_sidecar.replication.payments import PaymentExchange
 from ratelimit_sidecar.replication.peer import BatchTracer, Peer, PeerStream
@@ -69,7 +69,7 @@ class Replicator:
         self.known_peers = Peers(store, self.changes, payments, self._note_connected)
         self.peers = self.known_peers.by_node
         self.sync = SyncRequests(self.peers, self.announce)
-        self.key_room = KeyRoom()
+        self.key_memory = KeyMemory()
         self.protocol_errors: Counter[str] = Counter()
         """Streams closed by this node, by reason, including those that never said whose they were."""
         self.unknown_keys = 0

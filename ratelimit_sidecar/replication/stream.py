@@ -71,7 +71,7 @@ class Inbound:
         self.peer = peer
         self._replicator = replicator
         self._session = session
-        self._reader = DeltasReader(origin, is_proven=is_proven, room=replicator.key_room, address=address)
+        self._reader = DeltasReader(origin, is_proven=is_proven, key_memory=replicator.key_memory, address=address)
         self._stream_payments = stream_payments
         self.exchange: Exchange | None = None
         """None once the stream is closed, and with a peer that cannot compare."""

@@ -252,7 +252,7 @@ class StrictCluster:
             return
         bucket, end = replica.bucket, self.random.choice(replica.ends[peer])
         bucket.advance(self.clock_us(replica))
-        amount = int(bucket.room * part) // bucket.limit.period_us
+        amount = int(bucket.free_room * part) // bucket.limit.period_us
         if end not in bucket.reserved and amount > 0:
             bucket.ask(end, amount)
             self._send(end, lambda: self._asked_for_any(peer, node, end, amount))

@@ -499,7 +499,7 @@ def test_a_purse_that_does_not_know_its_home_yet_goes_on_owing() -> None:
 def test_who_owes_asks_for_no_more_than_its_home_holds() -> None:
     bucket = half()
     bucket.take(75, NOW_US, always=True)
-    assert bucket.room == bucket.ceiling
+    assert bucket.free_room == bucket.ceiling
     bucket.ask(1, 50 * TOKEN)
     bucket.receive_payment(1, "b", 50 * TOKEN, 50 * TOKEN)
     assert bucket.remaining == 25

@@ -690,14 +690,14 @@ def test_a_peer_without_room_is_not_told_of_keys_again_and_again() -> None:
     cluster.run_until_settled()
     b = cluster["b"]
     take(b.store, "mine", 1, b.now_us)
-    b.store.room.max_buckets = 1
+    b.store.places.max_buckets = 1
     for index in range(50):
         take(cluster["a"].store, f"user {index}", 1, cluster["a"].now_us)
     cluster.run(SLOT_US + HEALS_US)
     assert (len(b.store), b.store.full_since_us is not None) == (1, True)
     assert resyncs(cluster) == 0
     # There is room again: now it is.
-    b.store.room.max_buckets = 100
+    b.store.places.max_buckets = 100
     b.store.full_since_us = None
     cluster.run(HEALS_US)
     assert len(b.store) == 51

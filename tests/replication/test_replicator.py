@@ -837,13 +837,13 @@ def test_an_older_status_that_comes_late_does_not_stay() -> None:
 def test_a_stream_that_ends_gives_back_the_room_of_its_keys_whoever_ends_it() -> None:
     a, b = replicator("a"), replicator("b")
     take(b.store, "ann", 1, NOW_US)
-    free = a.key_room.free
+    free = a.key_memory.free
     for end in ("lost", "left", "faulty"):
         one, other = connected(a, b)
         take(b.store, "ann", 1, NOW_US)
         flush(b, NOW_US)
         exchange(one, other)
-        assert a.key_room.free < free
+        assert a.key_memory.free < free
         if end == "lost":
             one.lost("reset", NOW_US)
         elif end == "left":
@@ -853,7 +853,7 @@ def test_a_stream_that_ends_gives_back_the_room_of_its_keys_whoever_ends_it() ->
             receive(one, b"no frame", NOW_US)
         one.lost("reset", NOW_US)
         other.lost("reset", NOW_US)
-        assert a.key_room.free == free
+        assert a.key_memory.free == free
 
 
 def starting(name: str) -> Replicator:
