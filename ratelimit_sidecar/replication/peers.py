@@ -83,7 +83,7 @@ class Peers:
             peer.address = stream.address
         if stream.is_dialled and not peer.is_configured:
             # One that nobody has configured misses nothing before it comes. One that is may have dialled in first.
-            peer.outbox.missed_since(self.first_change_us)
+            peer.outbox.count_as_undelivered(self.first_change_us)
         peer.is_configured |= stream.is_dialled
         peer.streams.append(stream)
         self._store.journal.peers.add(who.origin)

@@ -114,7 +114,7 @@ class Replicator:
         for peer in self.peers.values():
             stream = peer.active
             if stream is None:
-                peer.outbox.missed_changes(created_us)
+                peer.outbox.note_missed_by_peer(created_us)
             elif not stream.is_paused:
                 stream.wake()
 
@@ -201,7 +201,7 @@ class Replicator:
             full=self.store.full_since_us is not None,
             joined=self.sync.has_joined,
             sync_request=peer.own_request,
-            missed_since_us=peer.missed_since_us,
+            missed_since_us=peer.ask_again_since_us,
         )
 
     def note_topology_change(self) -> None:

@@ -137,8 +137,8 @@ class Inbound:
         self._end_span()
         if deltas.ends_full_state:
             peer.reported.has_ended_snapshot = True
-            if peer.missed_since_us:
-                peer.missed_since_us = 0
+            if peer.ask_again_since_us:
+                peer.ask_again_since_us = 0
                 replicator.announce()
         self._session.acknowledge(now_us)
 

@@ -76,7 +76,7 @@ def note(outbox: Outbox, now_us: int = NOW_US, *, has_peers: bool = True) -> Non
     done(outbox.log.flush_steps(now_us, has_peers=has_peers))
     segment = outbox.log.get(first)
     if segment is not None:
-        outbox.missed_changes(segment.created_us)
+        outbox.note_missed_by_peer(segment.created_us)
 
 
 def open_stream(outbox: Outbox, peer: Origin = B.origin, *, compares: bool = True) -> None:
@@ -885,7 +885,7 @@ def test_a_key_that_is_told_of_again_is_an_id() -> None:
 def test_a_stream_lost_before_the_full_state_was_through_leaves_the_lag_growing() -> None:
     store = store_of(A)
     outbox = new_outbox(store)
-    outbox.missed_since(NOW_US - SECOND_US)
+    outbox.count_as_undelivered(NOW_US - SECOND_US)
     fill(store, 2 * MAX_BATCH_BUCKETS)
     open_stream(outbox)
     next_batch(outbox, NOW_US)
