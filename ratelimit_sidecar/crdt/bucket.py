@@ -177,7 +177,10 @@ class Bucket(ABC):
 
     @abstractmethod
     def would_admit(self, hits: int, now_us: int) -> bool:
-        """Return what `take` would return, without charging anything."""
+        """Return what `take` would return, without charging anything.
+
+        A strict bucket that would deny them notes the hits as demand, so that peers are asked.
+        """
 
     def refund(self, _tokens: int | None, _now_us: int) -> int:
         """Make tokens that were taken available again, here and on every peer, up to a full bucket.

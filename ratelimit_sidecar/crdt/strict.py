@@ -140,7 +140,7 @@ class StrictBucket(Bucket):
         self._kept_until_us = 0
         """By then each limit that it has had would have refilled its home."""
         self.denied_us = NEVER_US
-        """Time of the last denial."""
+        """Time of the last denial, or of the last request that was put to wait."""
         self.advance(strict_us)
 
     @property
@@ -148,8 +148,8 @@ class StrictBucket(Bucket):
         return self._limit
 
     def would_admit(self, hits: int, strict_us: int) -> bool:
-        """See `Bucket.would_admit`. If it would be denied, it counts as demand, as in `take`, so that peers
-        are asked.
+        """See `Bucket.would_admit`. If it would be denied, it counts as demand and as a denial, as in `take`, so that
+        peers are asked; a `take` of the same request then counts as demand once more.
         """
         self.advance(strict_us)
         if self.has(hits):

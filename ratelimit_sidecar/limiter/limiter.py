@@ -200,6 +200,7 @@ class Limiter:
                 continue
             at_us = self._time_of(compiled, now_us)
             bucket = self._bucket(take, compiled.limit, at_us)
+            # A short strict bucket notes the demand here, and again when the request is decided.
             if bucket.would_admit(take.hits, at_us):
                 continue
             if short is not None or not take.may_wait:
@@ -313,7 +314,7 @@ class Limiter:
         return bucket
 
     def _is_denied(self, plan: Plan, now_us: int) -> bool:
-        """Return whether `decide` would deny the request, without charging anything."""
+        """Return whether `decide` would deny the request, without charging anything; see `Bucket.would_admit`."""
         over = quota_mode_over = 0
         for take in plan.takes:
             compiled = take.compiled
