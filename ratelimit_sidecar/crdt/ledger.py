@@ -197,7 +197,7 @@ class Ledger:
             askable = members if len(bucket.key) <= longest_key else {}
             if bucket.home < FEW_TOKENS and bucket.key in self.queues.by_key:
                 askable = {}
-            for peer, ask in self._all[bucket.key].asks(askable, strict_us).items():
+            for peer, ask in self._all[bucket.key].make_asks(askable, strict_us).items():
                 asks.setdefault(peer, {})[bucket.key] = ask
             if bucket.demand or bucket.reserved:
                 self._active.append(bucket)
@@ -205,7 +205,7 @@ class Ledger:
                 bucket.is_active = False
         return asks
 
-    def answer(self, peer: str, key: bytes, ask: Ask, strict_us: int) -> Pay | None:
+    def pay(self, peer: str, key: bytes, ask: Ask, strict_us: int) -> Pay | None:
         """Answer a peer's ask: the payment to send.
 
         Returns:
@@ -221,7 +221,7 @@ class Ledger:
             self.bucket(key, limit, strict_us)
         except StoreFull:
             return None
-        return self._all[key].answer(peer, ask, strict_us)
+        return self._all[key].pay(peer, ask, strict_us)
 
     def receive_payment(self, peer: str, stream_number: int, key: bytes, pay: Pay, strict_us: int) -> bool:
         """Add a peer's payment for the ask for `key` that is open on that stream.
@@ -269,7 +269,7 @@ class Ledger:
         queue = self.queues.by_key.get(key)
         if queue is not None and len(queue):
             return Ticket(0, 0)
-        ticket = self._all[key].ticket(number, tokens, strict_us)
+        ticket = self._all[key].set_aside(number, tokens, strict_us)
         if ticket.tokens:
             self._tickets[number] = _IssuedTicket(key, peer, strict_us + HOLD_US)
         return ticket

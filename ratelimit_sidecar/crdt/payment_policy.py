@@ -109,11 +109,14 @@ class PaymentPolicy:
     bucket: StrictBucket
     _peers: defaultdict[str, _Peer] = field(default_factory=lambda: defaultdict(_Peer))
 
-    def asks(self, streams: Mapping[str, int], strict_us: int) -> dict[str, Ask]:
-        """The asks to send now, by peer. Room is reserved for each.
+    def make_asks(self, streams: Mapping[str, int], strict_us: int) -> dict[str, Ask]:
+        """Ask peers for tokens: reserve room for each ask, and note when the peer was asked.
 
         Args:
             streams: by peer that can be reached, the number of the stream to it.
+
+        Returns:
+            The asks to send, by peer; the caller later calls `receive_payment` or `StrictBucket.closed` for each.
         """
         bucket = self.bucket
         bucket.advance(strict_us)
@@ -148,7 +151,7 @@ class PaymentPolicy:
                 asks[peer] = Ask(amount, level, demand, is_short)
         return asks
 
-    def answer(self, peer: str, ask: Ask, strict_us: int) -> Pay:
+    def pay(self, peer: str, ask: Ask, strict_us: int) -> Pay:
         """Pay the peer its fair part of the spare tokens."""
         bucket, asker = self.bucket, self._peers[peer]
         bucket.advance(strict_us)
@@ -178,7 +181,7 @@ class PaymentPolicy:
         self.note_left(peer, pay.left, max_home, strict_us)
         return self.bucket.receive_payment(stream_number, peer, pay.amount, max_home)
 
-    def ticket(self, number: int, tokens: int, strict_us: int) -> Ticket:
+    def set_aside(self, number: int, tokens: int, strict_us: int) -> Ticket:
         """Set aside up to `tokens` for requests that wait at a peer, without a reserve: a request that waits there
         counts more than one that may come here.
         """

@@ -191,8 +191,12 @@ class WaitQueue:
             served += 1
         return served
 
-    def wishes(self, peers: Iterable[str], strict_us: int) -> dict[str, int]:
-        """The whole tokens to wish for now, by peer."""
+    def make_wishes(self, peers: Iterable[str], strict_us: int) -> dict[str, int]:
+        """Wish for the tokens that are missing: note each wish, as by `note_wish`.
+
+        Returns:
+            The whole tokens wished for, by peer; the caller later calls `accept` or `give_up` for each.
+        """
         bucket = self.policy.bucket
         missing = self.hits - self._all_wished - bucket.remaining
         wishes: dict[str, int] = {}

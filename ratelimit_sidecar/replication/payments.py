@@ -261,7 +261,7 @@ class PaymentExchange:
             if self.ledger.shares.is_member(peer):
                 asked = Ask(ask.amount, ask.level, ask.demand, ask.is_short)
                 try:
-                    answer = self.ledger.answer(peer, ask.key, asked, strict_us)
+                    answer = self.ledger.pay(peer, ask.key, asked, strict_us)
                 except ValueError as error:
                     raise ProtocolError(Reason.BAD_KEY, str(error)) from error
             else:

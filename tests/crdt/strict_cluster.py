@@ -314,7 +314,7 @@ class StrictCluster:
         payer = self._at(wish.peer, end ^ 1)
         if payer is None:
             return
-        ticket = payer.policy.ticket(number, wish.tokens, self.clock_us(payer))
+        ticket = payer.policy.set_aside(number, wish.tokens, self.clock_us(payer))
         self.tickets += ticket.tokens > 0
         self._given.append((payer, end ^ 1, number, node))
         self.at(self._true_us(self.hold_us, payer), lambda: self._release(payer, number, node, 0))
@@ -368,16 +368,16 @@ class StrictCluster:
             return
         weights = replica.shares.membership.weights
         ends = {peer: ends[0] for peer, ends in replica.ends.items() if ends and peer in weights}
-        for peer, ask in replica.policy.asks(ends, self.clock_us(replica)).items():
+        for peer, ask in replica.policy.make_asks(ends, self.clock_us(replica)).items():
             self._send(ends[peer], lambda peer=peer, ask=ask: self._asked(peer, node, ends[peer], ask))
         replica.queue.serve(self.clock_us(replica), 10)
-        for peer, tokens in replica.queue.wishes(list(ends), self.clock_us(replica)).items():
+        for peer, tokens in replica.queue.make_wishes(list(ends), self.clock_us(replica)).items():
             self._wish(replica, ends[peer], peer, tokens)
 
     def _asked(self, node: str, peer: str, end: int, ask: object) -> None:
         replica = self._at(node, end ^ 1)
         if replica is not None:
-            pay = replica.policy.answer(peer, ask, self.clock_us(replica))  # type: ignore[arg-type]
+            pay = replica.policy.pay(peer, ask, self.clock_us(replica))  # type: ignore[arg-type]
             self._pay(node, peer, end, pay)
 
     def _asked_for_any(self, node: str, peer: str, end: int, amount: int) -> None:
