@@ -177,7 +177,8 @@ class Ledger:
     def tick(
         self, streams: Mapping[str, int], strict_us: int, max_buckets: int, longest_key: int
     ) -> dict[str, dict[bytes, Ask]]:
-        """Look at up to `max_buckets` active buckets.
+        """Look at up to `max_buckets` active buckets: have each follow its home and make asks for it. Note whether
+        homes have changed, and free the room of some old tickets. To be called without peers too.
 
         Args:
             streams: by peer that can be asked, the number of the stream to it.

@@ -170,7 +170,8 @@ class PaymentExchange:
         self.ledger.shares.is_id_taken = is_taken
 
     def tick(self, streams: Mapping[str, StreamPayments]) -> list[str]:
-        """Ask peers for tokens that are needed here; to be called every 20 ms.
+        """Ask peers for tokens that are needed here and wish for tickets, free the room of old tickets, serve requests
+        that wait, and end the waits that `WaitQueues.end_all` called off. To be called every 20 ms, without peers too.
 
         Args:
             streams: by peer that can be asked, the stream in use.

@@ -87,8 +87,8 @@ class Replicator:
         self.summing = Summing(store, now_us)
 
     def flush_steps(self, now_us: int) -> Steps:
-        """Move this node's changes into the log, wake the streams that send them, and `_tend_steps`, in steps. To be
-        called at each flush."""
+        """Move this node's changes into the log and wake the streams that send them; then tick the payments, see what
+        must be relayed, and forget peers that have gone. In steps, to be called at each flush."""
         changes = self.changes
         end = changes.end
         self._send_urgent(URGENT_BUCKETS)
@@ -148,10 +148,9 @@ class Replicator:
             yield
 
     def _tend_steps(self, now_us: int) -> Steps:
-        """What comes with each flush: ask peers for what the ledger wants, see what must be relayed, and forget peers
-        that have gone."""
+        """What comes with each flush: tick the payments, see what must be relayed, and forget peers that have gone."""
         if self.payments is not None:
-            self._ask_for_tokens(self.payments)
+            self._tick_payments(self.payments)
         yield from self._check_topology_steps(now_us)
         is_full = self.store.full_since_us is not None
         if is_full != self._was_full:
@@ -264,7 +263,7 @@ class Replicator:
         """The regions that connected peers speak for, by the peer's node id."""
         return {peer.node: peer.region for peer in self.peers.values() if peer.streams and peer.is_gateway}
 
-    def _ask_for_tokens(self, payments: PaymentExchange) -> None:
+    def _tick_payments(self, payments: PaymentExchange) -> None:
         streams = {
             peer.node: stream
             for peer in self.peers.values()
