@@ -183,10 +183,10 @@ class Outbox:
         if self._sources is not None:
             self._sources.snapshots.begin(since_us)
 
-    def request(self, now_us: int, *, recent: bool) -> None:
-        """Send the snapshot that the peer has asked for: everything, or what is recent (see `Snapshots.request`)."""
+    def serve_request(self, now_us: int, *, recent: bool) -> None:
+        """Begin to send the snapshot that the peer has asked for (see `Snapshots.serve_request`)."""
         if self._sources is not None:
-            self._sources.snapshots.request(now_us, recent=recent)
+            self._sources.snapshots.serve_request(now_us, recent=recent)
 
     def count_as_undelivered(self, since_us: int | None) -> None:
         """Count what the peer was not sent yet as undelivered since then: it is one that should have been reached."""
@@ -207,7 +207,7 @@ class Outbox:
 
         Args:
             compares: it speaks a protocol in which a snapshot may leave out what the peer was told on an earlier stream
-                or by others (see `request`), and keys have numbers.
+                or by others (see `serve_request`), and keys have numbers.
         """
         assert self._sources is None
         self._is_told_all = compares and self._is_told_all and self._peer == peer

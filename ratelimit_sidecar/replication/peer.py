@@ -148,7 +148,7 @@ class Peer:
     def grant_request(self, now_us: int) -> None:
         """Begin to send the snapshot that it has asked for, if it has."""
         if self.reported.request != pb.UNDECIDED:
-            self.outbox.request(now_us, recent=self.reported.request == pb.RECENT)
+            self.outbox.serve_request(now_us, recent=self.reported.request == pb.RECENT)
 
     def note_unknown(self, now_us: int) -> None:
         """It has told of a bucket that no rule here knows."""

@@ -51,7 +51,7 @@ class Snapshots:
         """Since when the peer misses something, if the stream is lost now; None when all snapshots were applied."""
         return earlier(self._since_us, self._next_since_us)
 
-    def request(self, now_us: int, *, recent: bool) -> None:
+    def serve_request(self, now_us: int, *, recent: bool) -> None:
         """Begin the snapshot that the peer has asked for.
 
         Args:

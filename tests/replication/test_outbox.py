@@ -82,7 +82,7 @@ def note(outbox: Outbox, now_us: int = NOW_US, *, has_peers: bool = True) -> Non
 def open_stream(outbox: Outbox, peer: Origin = B.origin, *, compares: bool = True) -> None:
     """A stream is there, and its peer wants to be told everything."""
     outbox.open(peer, compares=compares)
-    outbox.request(NOW_US, recent=False)
+    outbox.serve_request(NOW_US, recent=False)
 
 
 def opened(store: Store) -> Outbox:
@@ -1148,15 +1148,15 @@ def test_a_peer_that_is_told_everything_by_another_node_is_told_what_is_recent()
     assert next_batch(outbox, now_us) is None
     assert not outbox.is_settled
     assert outbox.has_unacknowledged_snapshot
-    outbox.request(now_us, recent=True)
+    outbox.serve_request(now_us, recent=True)
     [batch] = drained(outbox, now_us)
     assert (batch.bucket_keys, batch.entries) == ((key_of("recent"),), 1)
     assert outbox.is_settled
     # The other node is gone before it has told everything.
-    outbox.request(now_us, recent=False)
+    outbox.serve_request(now_us, recent=False)
     assert keys_told(drained(outbox, now_us)) == {key_of("old"), key_of("recent"), key_of("heard")}
     # To say it again changes nothing.
-    outbox.request(now_us, recent=False)
+    outbox.serve_request(now_us, recent=False)
     assert outbox.is_settled
 
 
@@ -1276,7 +1276,7 @@ def test_looking_at_what_was_told_already_counts_as_work() -> None:
         take(store, "ann", 1, NOW_US)
         note(outbox)
     outbox.open(B.origin, compares=True)
-    outbox.request(NOW_US, recent=True)
+    outbox.serve_request(NOW_US, recent=True)
     # The last of them finds that there is nothing more.
     assert [outbox.write(NOW_US) for _ in range(12)] == [True] * 11 + [False]
 
@@ -1334,5 +1334,5 @@ def test_what_was_lost_before_the_peer_asks_for_what_is_recent_is_told_after_it(
     note(outbox)
     outbox.open(B.origin, compares=True)
     outbox.snapshot(NOW_US - 3 * RECENT_CHANGES_US)
-    outbox.request(NOW_US, recent=True)
+    outbox.serve_request(NOW_US, recent=True)
     assert old.key in keys_told(drained(outbox))
