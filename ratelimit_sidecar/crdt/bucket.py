@@ -217,11 +217,13 @@ class Bucket(ABC):
             The number of entries that told something new.
         """
 
-    def correct(self, sender: Origin, entries: Iterable[Entry], now_us: int) -> bool:
+    def lower_to_own_report(self, sender: Origin, entries: Iterable[Entry], now_us: int) -> bool:
         """Lower counts of `sender` to what it reports itself; other peers may have reported more.
 
-        Only counts of slots that are over are lowered: they are final, so replicas end up equal. Entries that it wrote
-        before others that this bucket has already must not get here.
+        Only counts of slots that are over are lowered: they are final, so replicas end up equal.
+
+        The caller passes what the sender itself has sent, on its newest stream and in a frame that nothing has
+        overtaken (`DeltasReader.apply_steps`): an older report would lower a count that is right.
 
         Returns:
             True when something changed.

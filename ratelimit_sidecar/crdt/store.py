@@ -90,7 +90,8 @@ class Store:
         """How many times their horizon is halved, because they have too many."""
         self._slots_seen = 0
         self.evicted = 0
-        """Idle buckets dropped since start."""
+        """Idle buckets dropped since start. Plans keep their buckets while it is unchanged (`PlannedTake.evicted`), so
+        whatever takes a bucket out of the store counts here."""
         self.refused_keys = 0
         """How often since start a peer's delta was ignored because its key got no bucket."""
         self.full_since_us: int | None = None
@@ -171,7 +172,7 @@ class Store:
             limit: the limit that `limit_of_key` returns for the key.
             base: its deficit is scaled by the period of that limit.
             replicated: as for `bucket`.
-            sender: the origin that sent it, if its identity is certain. It may correct its own counts downwards.
+            sender: the origin that sent it, if it may lower its own counts: see `Bucket.lower_to_own_report`.
 
         Returns:
             The number of entries that were new.
@@ -184,7 +185,7 @@ class Store:
         if base is not None:
             bucket.merge_base(base, now_us)
         if sender is not None:
-            bucket.correct(sender, entries, now_us)
+            bucket.lower_to_own_report(sender, entries, now_us)
         return bucket.merge(entries, now_us)
 
     def restore(
