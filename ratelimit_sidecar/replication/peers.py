@@ -19,7 +19,7 @@ from ratelimit_sidecar.replication.session import Established
 from ratelimit_sidecar.replication.wire import ProtocolError, Reason
 
 MAX_PEERS: Final = 256
-"""That only dial in. A full mesh is for tens of sidecars; more nodes than this are a mistake, or an attack on the
+"""The most nodes that only dial in. A full mesh is for tens of sidecars; more nodes are a mistake, or an attack on the
 memory. A configured peer always has its place.
 """
 
