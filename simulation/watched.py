@@ -367,7 +367,7 @@ class Watched(Cluster):
                 homes[bucket.key] += bucket.home
                 capacities.setdefault(bucket.key, []).append(bucket.limit.capacity)
                 held = max(0, bucket.level) + bucket.room_reserved
-                if held > bucket.ceiling and bucket.level > 0:
+                if held > bucket.max_level and bucket.level > 0:
                     raise BrokenPromise(f"strict: level and reserved room of {bucket.key!r} exceed the home")
                 levels[bucket.key] += max(0, bucket.level) * SECOND_US // bucket.limit.period_us
         for key, home in homes.items():

@@ -153,7 +153,7 @@ class Ledger:
                 self._kept_order.append(key)
 
     def _restore(self, bucket: StrictBucket) -> None:
-        if bucket.ceiling and bucket.key in self._kept:
+        if bucket.max_level and bucket.key in self._kept:
             bucket.restore(self._kept.pop(bucket.key))
 
     def withhold(self, key: bytes, limit: TokenBucketLimit, amount: int, strict_us: int) -> int:

@@ -121,7 +121,7 @@ class PaymentPolicy:
         bucket = self.bucket
         bucket.advance(strict_us)
         is_short = self._is_short(strict_us)
-        if not is_short and (bucket.level >= bucket.ceiling * 3 // 4 or not bucket.demand):
+        if not is_short and (bucket.level >= bucket.max_level * 3 // 4 or not bucket.demand):
             return {}
         limit, home, free_room = bucket.limit, bucket.home, bucket.free_room
         free_room -= min(free_room // 4, bucket.refill * PAY_AHEAD_US)
@@ -213,10 +213,10 @@ class PaymentPolicy:
             return max(bucket.home, TOKEN)
         if since_us < REPORT_US and not payer.left:
             return 0
-        ceiling, refill = scaled_home(bucket.limit, payer.max_home)
+        home_grains, refill = scaled_home(bucket.limit, payer.max_home)
         credit = bucket.credit_of(peer, payer.max_home)
         if since_us < REPORT_FORGOTTEN_US:
-            credit = min(credit, ceiling, payer.left * bucket.limit.period_us + since_us * refill)
+            credit = min(credit, home_grains, payer.left * bucket.limit.period_us + since_us * refill)
         return credit // bucket.limit.period_us
 
     def _is_short(self, strict_us: int) -> bool:

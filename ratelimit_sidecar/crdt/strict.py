@@ -81,13 +81,13 @@ class StrictBucket(Bucket):
         "_wanted",
         "_wanted_us",
         "aside",
-        "ceiling",
         "denied_us",
         "held_back",
         "home",
         "home_version",
         "is_active",
         "level",
+        "max_level",
         "refill",
         "reserved",
         "tickets",
@@ -134,8 +134,9 @@ class StrictBucket(Bucket):
         self._lacking: dict[str, tuple[int, int]] = {}
         """By peer, a lower bound on how many grains its home lacked when it last paid us or was paid by us, and the
         time of that. So no peer is credited with more than it can have (`credit_of`)."""
-        self.ceiling, self.refill = scaled_home(limit, home)
-        """The home (H) in grains, and its refill in grains per microsecond."""
+        self.max_level, self.refill = scaled_home(limit, home)
+        """The most that level and reserved room may be together, in grains: the home (H), or the grant of a
+        `GrantedBucket`. And the home's refill in grains per microsecond."""
         self._wanted, self._wanted_us = 0, strict_us
         self._kept_until_us = 0
         """By then each limit that it has had would have refilled its home."""
@@ -228,10 +229,10 @@ class StrictBucket(Bucket):
     @property
     def full_in_us(self) -> int:
         """Microseconds until this replica's home is full, reserved room not considered."""
-        return self._refilled_in_us(self.ceiling)
+        return self._refilled_in_us(self.max_level)
 
     def retry_after_us(self, hits: int) -> int:
-        return self._refilled_in_us(min(self.ceiling, (hits * self._limit.period_us) << 32))
+        return self._refilled_in_us(min(self.max_level, (hits * self._limit.period_us) << 32))
 
     def _refilled_in_us(self, level: int) -> int:
         return max(0, -(-(level - self.level) // self.refill)) if self.refill else NO_HOME_US
@@ -245,7 +246,7 @@ class StrictBucket(Bucket):
                 self.set_home(home, since_us)
         elapsed_us = strict_us - self.at_us
         if elapsed_us > 0:
-            top = self.ceiling - self.room_reserved if self.reserved or self.aside else self.ceiling
+            top = self.max_level - self.room_reserved if self.reserved or self.aside else self.max_level
             if self.level < top:
                 self.level = min(top, self.level + elapsed_us * self.refill)
             if self.level < 0:
@@ -264,7 +265,7 @@ class StrictBucket(Bucket):
     @property
     def free_room(self) -> int:
         """The grains of the home that are neither in the level nor reserved: the most that can be asked for."""
-        return self.ceiling - max(0, self.level) - self.room_reserved
+        return self.max_level - max(0, self.level) - self.room_reserved
 
     def ask(self, stream_number: int, amount: int) -> None:
         """Reserve room for an ask. The caller sends it, and later calls `receive_payment` or `closed`.
@@ -306,9 +307,9 @@ class StrictBucket(Bucket):
 
     def credit_of(self, peer: str, max_home: int) -> int:
         """The most grains that a peer with such a home can have at `at_us`."""
-        ceiling, refill = scaled_home(self._limit, max_home)
+        home_grains, refill = scaled_home(self._limit, max_home)
         lacking, at_us = self._lacking.get(peer, (0, 0))
-        return ceiling - max(0, lacking - (self.at_us - at_us) * refill)
+        return home_grains - max(0, lacking - (self.at_us - at_us) * refill)
 
     def set_aside(self, number: int, tokens: int) -> int:
         """Take up to so many whole tokens out of the level for a ticket, and reserve their room.
@@ -375,7 +376,7 @@ class StrictBucket(Bucket):
         Returns:
             The amount to give back to the peer.
         """
-        left = min(added, max(0, self.level - max(0, self.ceiling - self.room_reserved)))
+        left = min(added, max(0, self.level - max(0, self.max_level - self.room_reserved)))
         self.level -= left
         amount = left // self._limit.period_us
         self._note_lacking(peer, -amount)
@@ -392,7 +393,7 @@ class StrictBucket(Bucket):
         Args:
             amount: what it had; below 0 what it owed.
         """
-        top = max(self.level, self.ceiling - self.room_reserved)
+        top = max(self.level, self.max_level - self.room_reserved)
         self.level = max(self.floor, min(top, self.level + amount * self._limit.period_us))
 
     def closed(self, stream_number: int, strict_us: int) -> None:
@@ -423,18 +424,18 @@ class StrictBucket(Bucket):
         self.held_back = max(self.withheld, min(self.held_back, amount))
 
     def set_home(self, home: int, strict_us: int) -> None:
-        """Set another home from now on, withheld tokens included; the level is cut to it, and debt to its ceiling."""
+        """Set another home from now on, withheld tokens included; the level is cut to it, and debt to its floor."""
         self.advance(strict_us)
         self.home = max(0, home - max(self.withheld, self.held_back))
-        self.ceiling, self.refill = scaled_home(self._limit, self.home)
-        self.level = max(self.floor, min(self.level, max(0, self.ceiling - self.room_reserved)))
+        self.max_level, self.refill = scaled_home(self._limit, self.home)
+        self.level = max(self.floor, min(self.level, max(0, self.max_level - self.room_reserved)))
 
     def is_idle(self, strict_us: int) -> bool:
         """True when it is full, no ask is open, no ticket set aside and nothing withheld: a new bucket would not have
         more, not even under a limit that it had before.
         """
         self.advance(strict_us)
-        is_full = self.level == self.ceiling and not self.reserved and not self.aside and not self.withheld
+        is_full = self.level == self.max_level and not self.reserved and not self.aside and not self.withheld
         return is_full and self.at_us >= self._kept_until_us
 
     def fold(self, strict_us: int) -> int:

@@ -163,7 +163,7 @@ class StrictCluster:
     def _begin_home(self, replica: Replica) -> None:
         if self.replicas.get(replica.node) is replica:
             self._set_home(replica)
-            if replica.node in self._kept and replica.bucket.ceiling:
+            if replica.node in self._kept and replica.bucket.max_level:
                 kept = self._kept[replica.node] if self.keeps_twice else self._kept.pop(replica.node)
                 replica.bucket.restore(kept)
 
@@ -358,7 +358,7 @@ class StrictCluster:
                 bucket = replica.bucket
                 assert bucket.level >= (bucket.floor if self.charges else 0)
                 assert bucket.aside == sum(bucket.tickets.values())
-                assert bucket.level + bucket.room_reserved <= bucket.ceiling or bucket.level <= 0
+                assert bucket.level + bucket.room_reserved <= bucket.max_level or bucket.level <= 0
         assert self.worst <= 0
 
     def _tick(self, node: str) -> None:
@@ -466,7 +466,7 @@ class NoReservation(StrictBucket):
 
     def receive_payment(self, stream_number: int, peer: str, amount: int, most: int) -> bool:
         del self.reserved[stream_number]
-        self.level = min(self.ceiling, self.level + amount * self.limit.period_us)
+        self.level = min(self.max_level, self.level + amount * self.limit.period_us)
         return True
 
 

@@ -374,7 +374,7 @@ def test_what_is_withheld_held_and_paid_is_never_more_than_the_limit(seed: int, 
         now = sum(max(0, each.level) for each in buckets) + sum(held.values()) + alive
         assert now <= min(limit.ceiling << 32, before + (passed_us * limit.tokens << 32))
         before = now
-        assert all(max(0, each.level) + each.room_reserved <= each.ceiling for each in buckets)
+        assert all(max(0, each.level) + each.room_reserved <= each.max_level for each in buckets)
     assert paid
 
 

@@ -499,7 +499,7 @@ def test_a_purse_that_does_not_know_its_home_yet_goes_on_owing() -> None:
 def test_who_owes_asks_for_no_more_than_its_home_holds() -> None:
     bucket = half()
     bucket.take(75, NOW_US, always=True)
-    assert bucket.free_room == bucket.ceiling
+    assert bucket.free_room == bucket.max_level
     bucket.ask(1, 50 * TOKEN)
     bucket.receive_payment(1, "b", 50 * TOKEN, 50 * TOKEN)
     assert bucket.remaining == 25
@@ -514,7 +514,7 @@ def test_a_change_of_limit_keeps_the_part_of_the_level() -> None:
     bucket.set_limit(TokenBucketLimit(50, SECOND_US, 20), OLD_LOAN_US)
     bucket.set_home(10 * TOKEN, OLD_LOAN_US)
     assert bucket.remaining == 10
-    assert bucket.level <= bucket.ceiling
+    assert bucket.level <= bucket.max_level
 
 
 def test_debt_that_is_put_back_is_no_more_than_may_be_owed() -> None:
