@@ -361,7 +361,7 @@ class Watched(Cluster):
         for node in self.live:
             strict_us = node.clock.strict_us()
             # To walk through the ledger would be most of the work of a run.
-            found = [node.ledger._all.get(key) for key in self._strict]
+            found = [node.ledger._policies.get(key) for key in self._strict]
             for bucket in (policy.bucket for policy in found if policy is not None):
                 bucket.advance(strict_us)
                 homes[bucket.key] += bucket.home

@@ -96,7 +96,7 @@ class GatewayLedger(GrantLedger):
             bucket = self._active[0]
             self._active.rotate(-1)
             if strict_us - bucket.denied_us < SHORTAGE_US and len(bucket.key) <= longest_key:
-                for peer, ask in self._all[bucket.key].make_asks(members, strict_us).items():
+                for peer, ask in self._policies[bucket.key].make_asks(members, strict_us).items():
                     asks.setdefault(peer, {})[bucket.key] = ask
         return asks
 

@@ -223,7 +223,7 @@ class GrantLedger(Ledger):
     """All strict buckets of a sidecar in a region with accounts. Its shares are the region's; see `Ledger`."""
 
     def bucket(self, key: bytes, limit: TokenBucketLimit, strict_us: int) -> StrictBucket:
-        policy = self._all.get(key)
+        policy = self._policies.get(key)
         if policy is None:
             return self._make(key, limit, strict_us)
         bucket = policy.bucket
@@ -252,7 +252,7 @@ class GrantLedger(Ledger):
         bucket = self._active.popleft()
         assert isinstance(bucket, GrantedBucket)
         bucket.advance(strict_us)
-        if bucket.granted or bucket.demand or bucket.level < 0:
+        if bucket.granted or bucket.demand() or bucket.level < 0:
             self._active.append(bucket)
             return bucket
         bucket.is_active = False

@@ -121,7 +121,7 @@ class PaymentPolicy:
         bucket = self.bucket
         bucket.advance(strict_us)
         is_short = self._is_short(strict_us)
-        if not is_short and (bucket.level >= bucket.max_level * 3 // 4 or not bucket.demand):
+        if not is_short and (bucket.level >= bucket.max_level * 3 // 4 or not bucket.demand()):
             return {}
         limit, home, free_room = bucket.limit, bucket.home, bucket.free_room
         free_room -= min(free_room // 4, bucket.refill * PAY_AHEAD_US)
@@ -136,7 +136,7 @@ class PaymentPolicy:
             if stream not in bucket.reserved and strict_us - payer.asked_us >= peer_pace_us:
                 is_known = strict_us - payer.answered_us < REPORT_US
                 likely[peer] = min(home, max(payer.left, home >> 5)) if is_known else home
-        total, level, demand = sum(likely.values()), max(0, bucket.level) // limit.period_us, bucket.demand
+        total, level, demand = sum(likely.values()), max(0, bucket.level) // limit.period_us, bucket.demand()
         asks = {}
         for peer, left in likely.items():
             payer = self._peers[peer]
@@ -165,7 +165,7 @@ class PaymentPolicy:
             if gives and rank(bucket.key, peer) < rank(bucket.key, bucket.origin.node):
                 return Pay(bucket.pay(peer, ask.amount), 0)
             return Pay(0, 0)
-        kept = max(reserve, bucket.demand * PAY_AHEAD_US // 1_000_000)
+        kept = max(reserve, bucket.demand() * PAY_AHEAD_US // 1_000_000)
         if not ask.is_short:
             kept = max(kept, (level + ask.level) // 2)
         spare = max(0, level - kept // TOKEN * TOKEN)

@@ -82,7 +82,8 @@ class StrictBucket(Bucket):
         "_wanted_us",
         "aside",
         "denied_us",
-        "held_back",
+        "envoys_amount",
+        "envoys_home",
         "home",
         "home_version",
         "is_active",
@@ -92,7 +93,6 @@ class StrictBucket(Bucket):
         "reserved",
         "tickets",
         "wishes",
-        "withheld",
     )
 
     def __init__(
@@ -114,13 +114,14 @@ class StrictBucket(Bucket):
         self.is_active = False
         self.home = home
         self.home_version = 0 if homes is None else homes.version
-        """Number of the home's last change applied, counted by `homes` or by whoever sets the home: 0 none yet, -1 to
-        be set again."""
-        self.withheld = 0
-        """Not part of `home`: Envoys have token buckets with this amount."""
-        self.held_back = 0
-        """`withheld`, rescaled after a change of the capacity: the part of it whose refill Envoys have. Not part of
-        `home` either."""
+        """The number of the last change of homes that this purse has followed, by the count of `homes` or of whoever
+        sets its home. 0: it never had a home. -1: its limit has changed, so its home is to be set again
+        (`GrantedBucket`)."""
+        self.envoys_amount = 0
+        """The amount that token buckets of Envoys hold. Not part of `home`."""
+        self.envoys_home = 0
+        """The part of this replica's home whose refill Envoys have: `envoys_amount`, but rescaled when the capacity
+        changes. Not part of `home` either."""
         self.level = 0
         """L, in grains at `at_us`. Below 0 after denied hits that were charged."""
         self.reserved: dict[int, int] = {}
@@ -138,6 +139,7 @@ class StrictBucket(Bucket):
         """The most that level and reserved room may be together, in grains: the home (H), or the grant of a
         `GrantedBucket`. And the home's refill in grains per microsecond."""
         self._wanted, self._wanted_us = 0, strict_us
+        """The tokens that requests asked for lately, in 2**-20 tokens, as of that time; see `demand`."""
         self._kept_until_us = 0
         """By then each limit that it has had would have refilled its home."""
         self.denied_us = NEVER_US
@@ -194,9 +196,8 @@ class StrictBucket(Bucket):
         self._wanted = self._wanted * (DEMAND_US - elapsed_us) // DEMAND_US if elapsed_us < DEMAND_US else 0
         self._wanted_us = self.at_us
 
-    @property
     def demand(self) -> int:
-        """The amount per second that requests asked for lately, admitted or not."""
+        """The amount per second that requests asked for lately, admitted or not. Lets it decay up to `at_us`."""
         self._decay_demand()
         return self._wanted << 12
 
@@ -408,25 +409,25 @@ class StrictBucket(Bucket):
         self._kept_until_us = max(self._kept_until_us, self.at_us + self.full_in_us)
         # Rounded down, so that a change adds no tokens.
         self.level = self.level * limit.period_us // self._limit.period_us
-        self.held_back = -(-self.held_back * max(1, limit.capacity) // max(1, self._limit.capacity))
+        self.envoys_home = -(-self.envoys_home * max(1, limit.capacity) // max(1, self._limit.capacity))
         self._limit = limit
         self._lacking.clear()
 
     def withhold(self, amount: int) -> None:
-        """Set `withheld` at `at_us`. More is withheld only if the bucket has as many tokens, which it gives up. The
-        caller must call `set_home` afterwards."""
-        more = amount - self.withheld
+        """Set `envoys_amount` at `at_us`. It rises only by tokens that the bucket has, which it gives up. The caller
+        must call `set_home` afterwards."""
+        more = amount - self.envoys_amount
         if more > 0:
             more = min(more, self.home, self.remaining << 32)
             self.level -= more * self._limit.period_us
-        self.withheld += more
+        self.envoys_amount += more
         # What tokens could not be had for may be some Envoy's until it reports.
-        self.held_back = max(self.withheld, min(self.held_back, amount))
+        self.envoys_home = max(self.envoys_amount, min(self.envoys_home, amount))
 
     def set_home(self, home: int, strict_us: int) -> None:
         """Set another home from now on, withheld tokens included; the level is cut to it, and debt to its floor."""
         self.advance(strict_us)
-        self.home = max(0, home - max(self.withheld, self.held_back))
+        self.home = max(0, home - max(self.envoys_amount, self.envoys_home))
         self.max_level, self.refill = scaled_home(self._limit, self.home)
         self.level = max(self.floor, min(self.level, max(0, self.max_level - self.room_reserved)))
 
@@ -435,7 +436,7 @@ class StrictBucket(Bucket):
         more, not even under a limit that it had before.
         """
         self.advance(strict_us)
-        is_full = self.level == self.max_level and not self.reserved and not self.aside and not self.withheld
+        is_full = self.level == self.max_level and not self.reserved and not self.aside and not self.envoys_amount
         return is_full and self.at_us >= self._kept_until_us
 
     def fold(self, strict_us: int) -> int:

@@ -301,7 +301,7 @@ def test_when_a_reload_raises_the_burst_the_bucket_does_not_refill_by_the_rate_t
     assert ledger.withhold(b"k", LIMIT, 30 * TOKEN, NOW_US) == 30 * TOKEN
     # Envoys have 30 of its 50 a second, whatever the burst.
     bucket = ledger.bucket(b"k", larger, NOW_US)
-    assert (bucket.withheld, bucket.home) == (30 * TOKEN, 80 * TOKEN)
+    assert (bucket.envoys_amount, bucket.home) == (30 * TOKEN, 80 * TOKEN)
     bucket.advance(NOW_US + 110_000)
     assert bucket.remaining == 20 + 2
     # The first to report may get no more: there are too few tokens. Others go on as before, with 20 a second in all.

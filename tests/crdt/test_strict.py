@@ -312,7 +312,7 @@ def test_without_a_home_nothing_is_admitted_not_even_0_hits() -> None:
     assert not bucket.take(0, NOW_US)
     assert not bucket.has(0)
     assert not bucket.would_admit(0, NOW_US)
-    assert bucket.demand >= 2 * TOKEN
+    assert bucket.demand() >= 2 * TOKEN
 
 
 def test_what_is_charged_without_a_home_is_not_admitted_again_once_it_is_repaid() -> None:
