@@ -465,9 +465,9 @@ class Bucket(ABC):
             self._note_unsent(self.journal, self._own_slot)
             self._own_slot_unsent = True
 
-    def _tell_early(self, limit: AnyLimit, before: int, after: int) -> None:
-        """Have peers told soon if a take has made the bucket nearly used up, or crossed a further 1/16 to 1/8 of the
-        limit.
+    def _mark_if_urgent(self, limit: AnyLimit, before: int, after: int) -> None:
+        """Mark the bucket as urgent, so that peers hear of it before others, if a take has made it nearly used up, or
+        crossed a further 1/16 to 1/8 of the limit.
 
         Args:
             before, after: what counted against the limit, in the unit of its `ceiling`.

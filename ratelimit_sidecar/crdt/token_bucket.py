@@ -102,7 +102,7 @@ class TokenBucket(Bucket):
             self._peak = max(self._peak, deficit)
             self.deficit = deficit
             self._write_own(hits)
-            self._tell_early(limit, before, deficit)
+            self._mark_if_urgent(limit, before, deficit)
         return admitted
 
     def would_admit(self, hits: int, now_us: int) -> bool:

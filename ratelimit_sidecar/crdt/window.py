@@ -115,7 +115,7 @@ class FixedWindow(_Window):
             self._write_own(hits)
             self._written_us = self.at_us
             before, self.count = self.count, count
-            self._tell_early(self._limit, before, count)
+            self._mark_if_urgent(self._limit, before, count)
         return count <= self._limit.requests
 
     def would_admit(self, hits: int, now_us: int) -> bool:
@@ -310,7 +310,7 @@ class SlidingWindow(_Window):
             self._write_own(hits)
             if self.at_us < self._early_refunds_until_us:
                 self._recount()
-            self._tell_early(self._limit, before, self.count)
+            self._mark_if_urgent(self._limit, before, self.count)
         return admitted
 
     def would_admit(self, hits: int, now_us: int) -> bool:

@@ -171,7 +171,7 @@ class Mesh:
             for peer in self._replicator.peers.values()
             if peer.streams or not peer.is_gateway or peer.region not in gateways.values()
         ]
-        since_us = self._replicator.known_peers.first_change_us
+        since_us = self._replicator.peer_registry.first_change_us
         lag_seconds = 0.0 if since_us is None else (now_us - since_us) / 1e6
         return peers + targets.statuses(lag_seconds, gateways)
 

@@ -66,8 +66,9 @@ class Replicator:
         self.changes = ChangeLog(store, now_us)
         self.tracer = tracer
         self.payments = payments
-        self.known_peers = Peers(store, self.changes, payments, self._note_connected)
-        self.peers = self.known_peers.by_node
+        self.peer_registry = Peers(store, self.changes, payments, self._note_connected)
+        self.peers = self.peer_registry.by_node
+        """All of them, by node id."""
         self.sync = SyncRequests(self.peers, self.announce)
         self.key_memory = KeyMemory()
         self.protocol_errors: Counter[str] = Counter()
@@ -94,23 +95,24 @@ class Replicator:
         self._send_urgent(URGENT_BUCKETS)
         for _ in changes.flush_steps(now_us, has_peers=any(peer.streams for peer in self.peers.values())):
             if changes.end > end:
-                self._tell_changes(end)
+                self._wake_for(end)
                 end = changes.end
             yield
             self._send_urgent(1)
         if changes.end > end:
-            self._tell_changes(end)
+            self._wake_for(end)
         for stream in self.streams():
             if stream.is_ack_due(now_us):
                 stream.wake()
         yield from self._tend_steps(now_us)
 
-    def _tell_changes(self, first: int) -> None:
-        """Wake the streams: there are further segments of changes, `first` and those after it."""
+    def _wake_for(self, first: int) -> None:
+        """Wake the streams for further segments of changes, `first` and those after it, and note what peers without a
+        stream miss of them."""
         segment = self.changes.get(first)
         created_us = self.changes.created_us if segment is None else segment.created_us
-        if self.known_peers.first_change_us is None:
-            self.known_peers.first_change_us = created_us
+        if self.peer_registry.first_change_us is None:
+            self.peer_registry.first_change_us = created_us
         for peer in self.peers.values():
             stream = peer.active
             if stream is None:
@@ -156,7 +158,7 @@ class Replicator:
         if is_full != self._was_full:
             self._was_full = is_full
             self.announce()
-        self.known_peers.forget(now_us - PEER_FORGOTTEN_US)
+        self.peer_registry.forget(now_us - PEER_FORGOTTEN_US)
 
     def set_clock(self, origin: Origin, now_us: int) -> None:
         """The clock was set. To be called when no stream is left; what the buckets need is `Store.go_back`.
@@ -168,7 +170,7 @@ class Replicator:
         self.local = replace(self.local, origin=origin)
         self.changes.set_clock(now_us)
         self._topology_checked_us = now_us
-        self.known_peers.set_clock(now_us)
+        self.peer_registry.set_clock(now_us)
 
     def use_rules(self, digest: int) -> None:
         """Other rules are in force, of which peers are told the digest: nodes with other rules are not compared, since

@@ -432,7 +432,7 @@ class Stream:
         replicator, origin = self._replicator, who.origin
         if self._check_peer is not None:
             self._check_peer(origin, who.region)
-        peer = self.peer = replicator.known_peers.find(self, replicator.local.origin, origin, now_us)
+        peer = self.peer = replicator.peer_registry.find(self, replicator.local.origin, origin, now_us)
         is_proven = self.is_dialled or self._is_proven
         address = self.address.rpartition(":")[0]
         self._inbound = Inbound(
@@ -446,7 +446,7 @@ class Stream:
         )
         if self.stream_payments is not None:
             self.stream_payments.has_tickets = self._session.wishes
-        replicator.known_peers.join(self, peer, who)
+        replicator.peer_registry.join(self, peer, who)
         if replicator.payments is not None:
             replicator.payments.receive_shown(peer.node, who.membership)
 
@@ -461,7 +461,7 @@ class Stream:
         if peer is not None:
             if peer.streams == [self]:
                 self._replicator.sync.lose(peer)
-            self._replicator.known_peers.leave(self, peer, why, now_us)
+            self._replicator.peer_registry.leave(self, peer, why, now_us)
         self.wake()
 
 

@@ -717,11 +717,11 @@ def test_a_peer_is_heard_to_have_the_membership_it_shows() -> None:
     assert a.payments is not None
     receive(stream_of(a), hello("c", membership=pb.Membership(epoch=1, members=MEMBERS.members[:1])), NOW_US)
     assert a.payments.status().conflicts == ("c",)
-    a.known_peers.forget(NOW_US)
+    a.peer_registry.forget(NOW_US)
     assert a.payments.status().conflicts == ("c",)
     for stream in list(a.streams()):
         stream.lost("gone", NOW_US)
-    a.known_peers.forget(NOW_US)
+    a.peer_registry.forget(NOW_US)
     assert a.payments.status().conflicts == ()
 
 
