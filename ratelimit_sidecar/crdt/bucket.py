@@ -363,12 +363,12 @@ class Bucket(ABC):
         """The tokens in each slot, of all origins together. So a fold costs as much as there are slots, however many
         origins there are.
         """
-        tokens_of = self._tokens_received()
-        if tokens_of is self._received_tokens:
-            tokens_of = dict(tokens_of)
+        by_slot = self._tokens_received()
+        if by_slot is self._received_tokens:
+            by_slot = dict(by_slot)
         for slot, tokens in self.tokens_of(self.origin).items():
-            tokens_of[slot] = self._together(slot, tokens_of.get(slot, 0), tokens)
-        return tokens_of
+            by_slot[slot] = self._together(slot, by_slot.get(slot, 0), tokens)
+        return by_slot
 
     def _together(self, _slot: int, tokens: int, others: int) -> int:
         """Combine two counts of one slot: their sum; the maximum for a window's refund marks."""
@@ -378,14 +378,14 @@ class Bucket(ABC):
         """The tokens in each slot of other origins together. Not to be changed."""
         if self._received_tokens is not None:
             return self._received_tokens
-        tokens_of: dict[int, int] = {}
+        by_slot: dict[int, int] = {}
         if self._received is not None:
             for slots in self._received.values():
                 for slot, tokens in slots.items():
-                    tokens_of[slot] = self._together(slot, tokens_of.get(slot, 0), tokens)
+                    by_slot[slot] = self._together(slot, by_slot.get(slot, 0), tokens)
             if self._received_entries >= SUMMED_ENTRIES:
-                self._received_tokens = tokens_of
-        return tokens_of
+                self._received_tokens = by_slot
+        return by_slot
 
     def own_entries(self, slots: Iterable[int]) -> Iterator[Entry]:
         """This replica's entries of `slots`, without those dropped meanwhile."""
@@ -549,9 +549,9 @@ class Bucket(ABC):
 
     def _note_received(self, slot: int, held: int, tokens: int) -> None:
         """An origin's entry of a slot is now `tokens`; it was `held`."""
-        tokens_of = self._received_tokens
-        if tokens_of is not None:
-            tokens_of[slot] = tokens_of.get(slot, 0) + tokens - held
+        by_slot = self._received_tokens
+        if by_slot is not None:
+            by_slot[slot] = by_slot.get(slot, 0) + tokens - held
 
     def _trim(self) -> None:
         """Drop the oldest slots of origins that have too many."""
@@ -622,9 +622,9 @@ class Bucket(ABC):
             slots: Iterable[int] = self._received_tokens or set[int]().union(*self._received.values())
             past = [slot for slot in slots if is_past(slot)]
             if past:
-                tokens_of = self._tokens_received()
+                by_slot = self._tokens_received()
                 for slot in past:
-                    forgotten[slot] = forgotten.get(slot, 0) + tokens_of[slot]
+                    forgotten[slot] = forgotten.get(slot, 0) + by_slot[slot]
                 self._forget_received(past)
         return forgotten
 
