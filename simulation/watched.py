@@ -174,10 +174,10 @@ class Watched(Cluster):
         if self.trace is not None:
             self.tell(f"{source.owner.name} -> {target.owner.name}  {text_of(raw)}")
 
-    def note_drained(self, node: Node, *, is_settled: bool) -> None:
+    def note_drained(self, node: Node, *, is_all_acknowledged: bool) -> None:
         """When all is acknowledged, the peers must hold it."""
-        self.tell(f"{node.name} has drained{'' if is_settled else ', as far as there was time'}")
-        if not is_settled:
+        self.tell(f"{node.name} has drained{'' if is_all_acknowledged else ', as far as there was time'}")
+        if not is_all_acknowledged:
             return
         self.drains += 1
         if not self.clocks_agree:

@@ -131,7 +131,7 @@ class Shares:
         return set(self.membership.weights) - {self.node}
 
     @property
-    def is_settled(self) -> bool:
+    def is_epoch_everywhere(self) -> bool:
         """True when the new home counts in full: every member has shown this epoch."""
         return self.membership.previous is None or self._others <= self._current
 
@@ -192,7 +192,7 @@ class Shares:
         if strict_us < self.from_us:
             return []
         found = [self.membership.weights]
-        if self.membership.previous is not None and not self.is_settled:
+        if self.membership.previous is not None and not self.is_epoch_everywhere:
             found.append(self.membership.previous)
             found += [weights for weights, _ in self._behind]
         if self.is_id_taken:

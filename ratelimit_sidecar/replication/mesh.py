@@ -297,7 +297,7 @@ class Mesh:
         await self._flush()
         with suppress(TimeoutError):
             async with asyncio.timeout(self._bounds.drain):
-                await self.until(self._replicator.is_settled)
+                await self.until(self._replicator.is_all_acknowledged)
         self._open_streams.close(Reason.DRAINING, "the sidecar is shutting down", self._now_us())
         with suppress(TimeoutError):
             async with asyncio.timeout(self._bounds.goodbye):

@@ -137,7 +137,7 @@ class Outbox:
         return 0 if self._sources is None else self._sources.cursor.pending
 
     @property
-    def is_settled(self) -> bool:
+    def is_all_acknowledged(self) -> bool:
         """True when everything there was has been acknowledged."""
         sources = self._sources
         is_told = sources is None or not (

@@ -126,7 +126,7 @@ class PaymentExchange:
         self.ledger = ledger
         self.payments_sent = 0
         """Asks of peers answered with more than nothing."""
-        self.received = 0
+        self.payments_received = 0
         """Asks that peers have answered with more than nothing."""
         self.refused = 0
         """Asks and wishes of nodes that are no members, and payments of more than a peer can have."""
@@ -149,11 +149,11 @@ class PaymentExchange:
         return MembershipStatus(
             epoch=shares.membership.epoch,
             home_share=shares.home_fraction(strict_us),
-            settled=shares.is_settled and strict_us >= shares.from_us,
+            settled=shares.is_epoch_everywhere and strict_us >= shares.from_us,
             conflicts=tuple(shares.conflicts),
             buckets=len(self.ledger),
             payments_sent=self.payments_sent,
-            payments_received=self.received,
+            payments_received=self.payments_received,
         )
 
     def new_stream(self) -> StreamPayments:
@@ -253,7 +253,7 @@ class PaymentExchange:
                 raise ProtocolError(Reason.UNEXPECTED, "a payment that answers no ask")
             received = Pay(pay.amount, pay.left)
             self.refused += not self.ledger.receive_payment(peer, stream.stream_number, pay.key, received, strict_us)
-            self.received += pay.amount > 0
+            self.payments_received += pay.amount > 0
         for ask in payments.asks:
             check_key(ask.key)
             if ask.key in stream.pays or len(stream.pays) >= MAX_OPEN:

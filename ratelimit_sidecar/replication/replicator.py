@@ -252,9 +252,9 @@ class Replicator:
             self.pass_on(sender, bucket, entries)
         on_news(bucket, entries)
 
-    def is_settled(self) -> bool:
+    def is_all_acknowledged(self) -> bool:
         """True when every connected peer has acknowledged everything."""
-        return all(peer.outbox.is_settled for peer in self.peers.values() if peer.streams)
+        return all(peer.outbox.is_all_acknowledged for peer in self.peers.values() if peer.streams)
 
     def streams(self) -> Iterator[PeerStream]:
         """Every established stream."""

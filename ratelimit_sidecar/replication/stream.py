@@ -78,7 +78,7 @@ class Inbound:
         if session.compares:
             leads = replicator.local.origin.node < peer.node
             self.exchange = Exchange(replicator.summing, replicator.store, peer, leads=leads)
-        self._has_sent_deltas = self._is_over = False
+        self._peer_has_sent_deltas = self._is_over = False
         self._applying: BatchSpan | None = None
         """The span of the deltas that are being applied, when they belong to a trace."""
         self.batch_trace: dict[str, str] = {}
@@ -114,8 +114,8 @@ class Inbound:
 
     def _apply_steps(self, deltas: pb.Deltas, now_us: int) -> Steps:
         replicator, peer = self._replicator, self.peer
-        if not self._has_sent_deltas:
-            self._has_sent_deltas = True
+        if not self._peer_has_sent_deltas:
+            self._peer_has_sent_deltas = True
             peer.use_reader(self._reader)
         on_news = replicator.news_reader(peer)
         self.batch_trace = {"trace_id": deltas.trace[:16].hex()} if deltas.trace else {}

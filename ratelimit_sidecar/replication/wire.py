@@ -28,7 +28,7 @@ PAYING_PROTOCOL: Final = 4
 here. So between such a peer and this node nothing is paid, and each uses its own home.
 """
 
-RIDING_PROTOCOL: Final = 5
+PIGGYBACK_PROTOCOL: Final = 5
 """The oldest whose Deltas carry acknowledgements."""
 
 WISHING_PROTOCOL: Final = 6

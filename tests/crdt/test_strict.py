@@ -526,7 +526,7 @@ def test_debt_that_is_put_back_is_no_more_than_may_be_owed() -> None:
 def test_a_new_share_counts_in_full_when_the_last_member_has_shown_the_epoch() -> None:
     shares = Shares(Membership(2, {"a": 3, "b": 1}, {"a": 1, "b": 3}), "a", 0)
     shares.receive("b", ShownMembership(1, {"a": 1, "b": 3}), HOLD_US)
-    assert not shares.is_settled
+    assert not shares.is_epoch_everywhere
     assert shares.home_fraction(HOLD_US) == 1 / 4
     shares.receive("b", ShownMembership(2, {"a": 3, "b": 1}), 2 * SECOND_US)
     assert shares.home_fraction(2 * SECOND_US) == 3 / 4

@@ -349,11 +349,11 @@ def test_a_batch_is_written_in_pieces() -> None:
     assert [outbox.write(NOW_US + 5 * MS) for _ in range(5)] == [True, True, True, True, False]
     # It is as good as pending until it is taken.
     assert outbox.pending_buckets == 3 * PIECE_WORK + 1
-    assert not outbox.is_settled
+    assert not outbox.is_all_acknowledged
     assert outbox.lag_us(NOW_US + 5 * MS) == 5 * MS
     [batch] = drained(outbox, NOW_US + 5 * MS)
     assert (batch.entries, batch.created_us) == (3 * PIECE_WORK + 1, NOW_US)
-    assert outbox.is_settled
+    assert outbox.is_all_acknowledged
 
 
 def test_a_batch_is_not_taken_before_it_is_whole() -> None:
@@ -421,7 +421,7 @@ def test_buckets_that_are_gone_count_as_work_too() -> None:
     assert store.evicted == 2 * PIECE_WORK
     assert [outbox.write(NOW_US) for _ in range(4)] == [True, True, True, False]
     assert outbox.take_batch() is None
-    assert outbox.is_settled
+    assert outbox.is_all_acknowledged
 
 
 def test_what_changes_while_a_batch_is_written_is_told_too() -> None:
@@ -475,9 +475,9 @@ def test_a_peer_is_not_settled_before_it_is_told_that_there_is_nothing_to_tell()
     outbox = new_outbox(store_of(A))
     open_stream(outbox)
     assert outbox.write(NOW_US)
-    assert not outbox.is_settled
+    assert not outbox.is_all_acknowledged
     assert [batch.ends_snapshot for batch in drained(outbox)] == [True]
-    assert outbox.is_settled
+    assert outbox.is_all_acknowledged
 
 
 def test_the_end_of_a_walk_that_was_written_and_not_taken_counts_as_owed() -> None:
@@ -626,7 +626,7 @@ def test_slots_sealed_before_they_could_be_sent_are_dropped() -> None:
     assert bucket is not None
     bucket.seal(NOW_US + 2 * PER_TEAM.horizon_us)
     assert next_batch(outbox, NOW_US) is None
-    assert outbox.is_settled
+    assert outbox.is_all_acknowledged
 
 
 def test_evicted_buckets_are_dropped() -> None:
@@ -725,7 +725,7 @@ def test_a_peer_that_was_away_is_told_what_is_newer_than_that() -> None:
     batches = list(drained(outbox, lost_us + 2 * SECOND_US))
     assert keys_told(batches) == {key_of("new"), key_of("heard")}
     assert batches[-1].ends_snapshot
-    assert outbox.is_settled
+    assert outbox.is_all_acknowledged
 
 
 def test_a_peer_that_was_away_is_told_the_base_of_what_was_sealed_meanwhile() -> None:
@@ -989,7 +989,7 @@ def test_a_walk_asked_for_while_one_is_under_way_follows_it() -> None:
     open_stream(outbox)
     outbox.snapshot(back_us - 10 * SECOND_US)
     assert tokens_of(told(drained(outbox, back_us))) == 3
-    assert outbox.is_settled
+    assert outbox.is_all_acknowledged
 
 
 def test_what_was_passed_on_in_vain_is_in_the_walk_of_the_next_stream() -> None:
@@ -1146,18 +1146,18 @@ def test_a_peer_that_is_told_everything_by_another_node_is_told_what_is_recent()
     outbox.open(B.origin, compares=True)
     # Nothing until it has said so.
     assert next_batch(outbox, now_us) is None
-    assert not outbox.is_settled
+    assert not outbox.is_all_acknowledged
     assert outbox.has_unacknowledged_snapshot
     outbox.serve_request(now_us, recent=True)
     [batch] = drained(outbox, now_us)
     assert (batch.bucket_keys, batch.entries) == ((key_of("recent"),), 1)
-    assert outbox.is_settled
+    assert outbox.is_all_acknowledged
     # The other node is gone before it has told everything.
     outbox.serve_request(now_us, recent=False)
     assert keys_told(drained(outbox, now_us)) == {key_of("old"), key_of("recent"), key_of("heard")}
     # To say it again changes nothing.
     outbox.serve_request(now_us, recent=False)
-    assert outbox.is_settled
+    assert outbox.is_all_acknowledged
 
 
 def test_what_a_peer_wants_to_be_told_does_not_matter_when_it_was_told_everything_before() -> None:
@@ -1238,7 +1238,7 @@ def test_who_falls_behind_what_is_encoded_catches_up_and_then_understands_the_id
     for batch in drained(outbox):
         apply_all(reader, heard, deltas_of(batch), NOW_US)
     assert {bucket.key: bucket.taken for bucket in heard} == {bucket.key: bucket.taken for bucket in store}
-    assert outbox.is_settled
+    assert outbox.is_all_acknowledged
 
 
 @pytest.mark.parametrize("left", [20, 0])
@@ -1254,10 +1254,10 @@ def test_who_falls_behind_what_the_log_remembers_gets_a_snapshot(left: int) -> N
         note(outbox, later_us)
     first, end = outbox.log.end - 128, outbox.log.end
     assert sum(outbox.log.get(number) is not None for number in range(first, end)) == left
-    assert not outbox.is_settled
+    assert not outbox.is_all_acknowledged
     assert outbox.lag_us(later_us) >= RETENTION_US
     assert tokens_of(told(drained(outbox, later_us))) == 128
-    assert outbox.is_settled
+    assert outbox.is_all_acknowledged
 
 
 def test_the_log_remembers_no_more_changes_than_a_bound() -> None:

@@ -645,7 +645,7 @@ def test_a_member_in_want_is_paid_by_another_one() -> None:
     a.use_up()
     a.say()
     exchange(one, other)
-    assert (a.payments and a.payments.received, b.payments and b.payments.payments_sent) == (1, 1)
+    assert (a.payments and a.payments.payments_received, b.payments and b.payments.payments_sent) == (1, 1)
     assert a.plan().remaining > 20
 
 
@@ -759,7 +759,7 @@ def test_what_is_paid_on_a_stream_that_has_closed_at_the_receiver_does_not_count
     a.say()
     exchange(second, second_at_b)
     assert a.payments is not None
-    assert a.payments.received == 1
+    assert a.payments.payments_received == 1
 
 
 @pytest.mark.interpreted
