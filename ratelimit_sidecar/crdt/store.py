@@ -146,15 +146,6 @@ class Store:
             bucket.set_limit(limit, now_us)
         return bucket
 
-    def merge(self, key: bytes, base: Base | None, entries: Sequence[Entry], now_us: int) -> int | None:
-        """See `join`.
-
-        Returns:
-            None when no replicated rule here has the key; then nothing was kept.
-        """
-        limit = self.limit_of_key(key)
-        return None if limit is None else self.join(key, limit, base, entries, now_us)
-
     def join(
         self,
         key: bytes,

@@ -8,6 +8,7 @@ import pytest
 from freed import frees_itself
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from joined import join
 from replication.builders import (
     NOW_US,
     PER_TEAM,
@@ -290,7 +291,7 @@ def test_a_large_bucket_is_told_of_origin_by_origin_and_as_it_is_in_the_end() ->
     peers = store_of(B)
     for part in (told_first, *parts):
         assert len(part.entries) <= MAX_PART_ENTRIES
-        peers.merge(bucket.key, part.base, part.entries, later_us)
+        join(peers, bucket.key, part.base, part.entries, later_us)
     copy = peers.get(bucket.key)
     assert copy is not None
     assert copy.base == bucket.base
@@ -447,7 +448,7 @@ def with_news_to_pass_on() -> tuple[Outbox, Bucket]:
     store = store_of(A)
     outbox = opened(store)
     entry = Entry(C.origin, slot_id(NOW_US, PER_USER.exponent), 1)
-    store.merge(key_of("ann"), None, [entry], NOW_US)
+    join(store, key_of("ann"), None, [entry], NOW_US)
     bucket = store.get(key_of("ann"))
     assert bucket is not None
     outbox.relay(bucket, [entry])
@@ -537,7 +538,7 @@ def test_a_peer_that_appears_is_told_everything_of_every_origin_with_the_bases()
 
 def test_a_peer_is_not_told_what_it_took_itself() -> None:
     store = store_of(A)
-    store.merge(key_of("ann"), None, [Entry(B.origin, slot_id(NOW_US, PER_USER.exponent), 5)], NOW_US)
+    join(store, key_of("ann"), None, [Entry(B.origin, slot_id(NOW_US, PER_USER.exponent), 5)], NOW_US)
     outbox = new_outbox(store)
     open_stream(outbox)
     [batch] = drained(outbox)
@@ -546,7 +547,7 @@ def test_a_peer_is_not_told_what_it_took_itself() -> None:
 
 def test_an_earlier_life_of_the_peer_is_told_of() -> None:
     store = store_of(A)
-    store.merge(key_of("ann"), None, [Entry(Origin("b", 99), slot_id(NOW_US, PER_USER.exponent), 5)], NOW_US)
+    join(store, key_of("ann"), None, [Entry(Origin("b", 99), slot_id(NOW_US, PER_USER.exponent), 5)], NOW_US)
     outbox = new_outbox(store)
     open_stream(outbox)
     [batch] = drained(outbox)
@@ -720,7 +721,7 @@ def test_a_peer_that_was_away_is_told_what_is_newer_than_that() -> None:
     take(store, "new", 2, lost_us + SECOND_US)
     note(outbox, lost_us + SECOND_US)
     other = Entry(C.origin, slot_id(lost_us + SECOND_US, PER_USER.exponent), 3)
-    store.merge(key_of("heard"), None, [other], lost_us + SECOND_US)
+    join(store, key_of("heard"), None, [other], lost_us + SECOND_US)
     open_stream(outbox)
     batches = list(drained(outbox, lost_us + 2 * SECOND_US))
     assert keys_told(batches) == {key_of("new"), key_of("heard")}
@@ -814,7 +815,7 @@ def test_relayed_entries_go_out_with_their_newest_counts_and_a_bucket_to_be_told
     store = store_of(A)
     outbox = opened(store)
     slot = slot_id(NOW_US, PER_USER.exponent)
-    store.merge(key_of("ann"), None, [Entry(C.origin, slot, 5)], NOW_US)
+    join(store, key_of("ann"), None, [Entry(C.origin, slot, 5)], NOW_US)
     bucket = take(store, "ann", 1, NOW_US)
     store.drain_changes()
     outbox.relay(bucket, [Entry(C.origin, slot, 4)])
@@ -1074,7 +1075,7 @@ def test_what_was_encoded_before_it_was_overtaken_takes_nothing_back(limit: AnyL
     assert found[-2:] == [6, 6], "overtaken by one batch at least"
     # Once nothing is overtaken any more, what others say of it is put right again.
     [slot] = bucket.taken[A.origin]
-    heard.merge(b"victim", None, [Entry(A.origin, slot, 500)], applied_us)
+    join(heard, b"victim", None, [Entry(A.origin, slot, 500)], applied_us)
     note(outbox)
     assert counts() == [6]
 
@@ -1102,7 +1103,7 @@ def test_what_waits_takes_nothing_back_that_a_third_node_told_meanwhile(limit: A
         for _ in reader.apply_steps(deltas_of(batch), heard, applied_us):
             assert sum(heard.bucket(b"victim", limit, applied_us).taken[A.origin].values()) == 3
     # Once nothing waits any more, what others say of it is put right.
-    heard.merge(b"victim", None, [Entry(A.origin, slot, 500)], applied_us)
+    join(heard, b"victim", None, [Entry(A.origin, slot, 500)], applied_us)
     bucket.take(1, NOW_US)
     note(outbox, NOW_US + 3)
     for batch in drained(outbox):
@@ -1141,8 +1142,8 @@ def test_a_peer_that_is_told_everything_by_another_node_is_told_what_is_recent()
     note(outbox, now_us - RECENT_CHANGES_US // 2, has_peers=False)
     # Whoever has taken it tells of it.
     heard = Entry(C.origin, slot_id(now_us, PER_USER.exponent), 3)
-    store.merge(key_of("recent"), None, [heard], now_us)
-    store.merge(key_of("heard"), None, [heard], now_us)
+    join(store, key_of("recent"), None, [heard], now_us)
+    join(store, key_of("heard"), None, [heard], now_us)
     outbox.open(B.origin, compares=True)
     # Nothing until it has said so.
     assert next_batch(outbox, now_us) is None
