@@ -489,7 +489,8 @@ class Bucket(ABC):
             self._note_unsent(self.journal, slot)
 
     def _own_refund(self, slot: int) -> int:
-        """This replica's refund entry of `slot`, an id with `REFUND`."""
+        """This replica's refund entry of `slot`, an id with `REFUND`. If the clock was set back, the bucket first takes
+        its new origin, which has none."""
         self._take_new_origin()
         return 0 if self._own is None else self._own.get(slot, 0)
 
@@ -589,8 +590,8 @@ class Bucket(ABC):
         return self.journal is not None and origin in self.journal.peers
 
     def _recall(self, slot: int, tokens: int) -> int:
-        """Join a peer's entry of this replica's own origin. It is accepted only for a slot that this replica no longer
-        holds: it dropped the bucket as idle, and under another limit the slot counts again, here or at a peer.
+        """Join a peer's entry of this replica's own origin. It is accepted only for a slot that is over and no longer
+        held here: this replica dropped the bucket as idle, and the slot counts again, since the limit has changed.
         """
         own = self._own or {}
         held = self._own_tokens if slot == self._own_slot else own.get(slot, 0)

@@ -78,8 +78,8 @@ class _Sources:
     """What the batches of one stream are taken from.
 
     Args:
-        overtaken_until: the newest segment at the time when the last batch was written that was not made of encoded
-            segments. That batch has newer counts than these may have.
+        overtaken_until: the newest segment of the log when a batch was last written for this peer alone (to catch up,
+            of the side log, or of a snapshot). That batch may have newer counts than encoded segments up to this one.
     """
 
     cursor: Cursor

@@ -285,6 +285,7 @@ class PaymentExchange:
             if asked is not None:
                 given = Ticket(min(ticket.tokens, asked.tokens), ticket.left)
                 returned = ledger.accept(_ticket_number(stream, ticket.number), asked, given, strict_us)
+            # Of a return too many nothing is said: then the peer keeps the ticket's room until `HOLD_US`.
             if ticket.tokens and len(stream.returns) < MAX_OPEN:
                 stream.returns.append(pb.Return(number=ticket.number, amount=min(returned, MAX_AMOUNT)))
         unknown_keys = 0

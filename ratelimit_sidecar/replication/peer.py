@@ -20,7 +20,8 @@ from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import Reason
 
 TOLD_LATE_US: Final = 10_000_000
-"""What it tells was written so long ago at most, but for a snapshot: flushes may wait, and its clock may be behind."""
+"""How far back a peer is asked again for buckets that had no rule here: it tells of takes of this age at most, except
+in a snapshot. Its flushes may wait, and its clock may be behind."""
 
 
 class PeerStream(Protocol):
