@@ -42,7 +42,7 @@ async function ask(request, env) {
 
 // What is limited. The address comes from the edge itself: clients cannot choose it, as they could a header.
 function descriptorsOf(request) {
-  const address = request.headers.get("cf-connecting-ip") ?? "unknown";
+  const address = networkOf(request.headers.get("cf-connecting-ip") ?? "unknown");
   const descriptors = [{ entries: [{ key: "address", value: address }] }];
   // Clients choose the key: the first counts, and no more of it than a key has. A question too large gets no answer.
   const keys = (request.headers.get("x-api-key") ?? "").split(",").map((key) => key.trim().slice(0, 256));
@@ -51,6 +51,16 @@ function descriptorsOf(request) {
     descriptors.push({ entries: [{ key: "api_key", value: key }] });
   }
   return descriptors;
+}
+
+// Whoever has one IPv6 address has all of its /64.
+function networkOf(address) {
+  if (!address.includes(":")) {
+    return address;
+  }
+  const [before, after] = address.split("::").map((part) => part.split(":").filter((group) => group !== ""));
+  const groups = after === undefined ? before : [...before, ...Array(8 - before.length - after.length).fill("0"), ...after];
+  return `${groups.slice(0, 4).join(":")}::/64`;
 }
 
 function withHeaders(response, told) {

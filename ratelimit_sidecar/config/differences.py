@@ -71,6 +71,12 @@ ANSWERS: Mapping[str, Difference] = {
         "have a counter each",
         "what a limit counts must not depend on the hour",
     ),
+    "blanks": Difference(
+        "Spaces and tabs around a value",
+        "make another value",
+        "are no part of it",
+        "a caller over HTTP/2 or HTTP/3 can put any number there, of which the upstream sees nothing",
+    ),
     "stop-increment": Difference(
         "Denied requests with `STOP_CACHE_KEY_INCREMENT_WHEN_OVERLIMIT`, here `charging: all_or_nothing`",
         "the limits that deny count on, the others do not",
@@ -141,6 +147,12 @@ RULES: Mapping[str, Difference] = {
         "most are passed over",
         "refused",
         "what they ask for is not done",
+    ),
+    "blanks-in-rules": Difference(
+        "A `value` with spaces or tabs around it",
+        "accepted",
+        "refused",
+        "no caller's value has them here",
     ),
     "null-in-metadata": Difference(
         "Null as a key within `metadata`",

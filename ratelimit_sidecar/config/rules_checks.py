@@ -24,6 +24,7 @@ from ratelimit_sidecar.config.rules_schema import (
 from ratelimit_sidecar.config.structure import expected_of, keys_of
 from ratelimit_sidecar.config.yaml_data import YamlList, YamlMap
 from ratelimit_sidecar.crdt.limit import Window
+from ratelimit_sidecar.limiter.key import BLANKS
 from ratelimit_sidecar.limiter.rules import Charge, Consistency
 from ratelimit_sidecar.limiter.wildcard import WILDCARD
 
@@ -64,6 +65,10 @@ def contradictions(item: YamlMap, document: Document, at: KeyPath, defaults: Rul
         if "consistency" not in useless:
             yield from _strict_problems(item, given, document, at, defaults)
     value = item.source_of("value") or ""
+    if value != value.strip(BLANKS):
+        found = f"the value {quoted(value)}"
+        fix = "remove them: nothing would match, since those around a request's value are no part of it"
+        yield document.problem((*at, "value"), found, "no spaces or tabs at either end", fix)
     if item.get("share_threshold") is True and WILDCARD not in value + (item.source_of("key") or ""):
         found = f"share_threshold of {f'the value {quoted(value)}' if value else 'a descriptor without value'}"
         fix = f"end the value in {WILDCARD}, or remove share_threshold"

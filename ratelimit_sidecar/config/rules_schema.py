@@ -270,8 +270,9 @@ class Descriptor(Section):
         None,
         description=f"Value of the entry it matches; `{WILDCARD}` in it stands for any text, also none, and each value"
         " has a bucket of its own. Without it every value matches, likewise. Scalars are taken as written: 10 is the"
-        " text 10. A rule with another `key`, `value` or `share_threshold`, or in another domain, is another limit,"
-        " which begins full: also one for one value, put beside that for all.",
+        " text 10. Spaces and tabs around a request's value are no part of it. A rule with another `key`, `value` or"
+        " `share_threshold`, or in another domain, is another limit, which begins full: also one for one value, put"
+        " beside that for all.",
     )
     rate_limit: RateLimit | None = Field(
         None, description="The limit, in envoyproxy/ratelimit's terms. Without it, or a bucket, matching requests pass."

@@ -64,6 +64,11 @@ MAX_VALUE_BYTES: Final = 128
 MAX_CALLER_ENTRIES: Final = 16
 """The most entries of a caller's own descriptor in a bucket key; from the last of them on they are hashed together."""
 
+BLANKS: Final = " \t"
+"""What may stand around the value of a header, and is no part of it (RFC 9110, section 5.5). Envoy takes it away from
+HTTP/1.1 alone. What is behind Envoy does not see it, so callers would have a bucket for each number of blanks.
+"""
+
 _MAX_REMEMBERED: Final = 1 << 16
 """The longest text, in characters, whose hash is cached. Headers that Envoy takes by default are no longer."""
 
@@ -164,8 +169,10 @@ class KeyEntry(NamedTuple):
 
 
 def caller_entries(kind: int, entries: Sequence[tuple[str, str]]) -> list[KeyEntry]:
-    """A caller's whole descriptor as it stands in a bucket key: at most `MAX_CALLER_ENTRIES`, each text `bounded`."""
-    named = [KeyEntry(kind, bounded(key), bounded(value)) for key, value in entries]
+    """A caller's whole descriptor as it stands in a bucket key: at most `MAX_CALLER_ENTRIES`, each text `bounded`,
+    values without the `BLANKS` around them.
+    """
+    named = [KeyEntry(kind, bounded(key), bounded(value.strip(BLANKS))) for key, value in entries]
     if len(named) > MAX_CALLER_ENTRIES:
         rest = b"".join([entry_bytes(*entry) for entry in named[MAX_CALLER_ENTRIES - 1 :]])
         named[MAX_CALLER_ENTRIES - 1 :] = [KeyEntry(kind, "", _hash_of_bytes(rest))]

@@ -17,6 +17,7 @@ from typing import Final
 from ratelimit_sidecar.crdt.limit import DEFAULT_MAX_DEBT, AnyLimit, TokenBucketLimit, Window, WindowLimit
 from ratelimit_sidecar.limiter.http_mapping import HttpMapping
 from ratelimit_sidecar.limiter.key import (
+    BLANKS,
     DEFAULT_RULE,
     EXACT,
     FIXED_WINDOW,
@@ -420,6 +421,7 @@ def limit_of_rate(
 
 
 def _descend(node: RuleNode, key: str, value: str) -> Level | None:
+    value = value.strip(BLANKS)
     deeper = node.exact.get((key, value)) if node.exact else None
     if deeper is not None:
         return Level(EXACT, key, value, value, deeper)

@@ -76,6 +76,8 @@ def test_broken_yaml_is_told_with_its_place_and_where_to_look(tmp_path: Path) ->
         ("{key: a, ? [7] : b}", "3:16: descriptors[0]: found a key that is empty, a mapping or a list, expected text as"
          " a key; give the value a name"),
         ("{key: a, value: [b]}", "3:14: descriptors[0].value: found a list, expected text"),
+        ("{key: a, value: 'b\t'}", '3:14: descriptors[0].value: found the value "b\\t", expected no spaces or tabs at'
+         " either end; remove them: nothing would match, since those around a request's value are no part of it"),
         ("{key: a, vaule: b}", '3:14: descriptors[0].vaule: found the unknown key "vaule", expected one of'
          f' {DESCRIPTOR_KEYS}; did you mean "value"?'),
         ("{key: a, unit: day}", '3:14: descriptors[0].unit: found the unknown key "unit", expected one of'

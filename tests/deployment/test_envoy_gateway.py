@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import httpx
 import pytest
 import pytest_asyncio
+import yaml
 
 from deployment.cache import Unavailable
+from deployment.engine import ROOT
 from deployment.gateways import DEPLOY, Gateway, gateways
 
 pytestmark = [pytest.mark.deployment, pytest.mark.asyncio(loop_scope="module")]
@@ -190,14 +193,38 @@ async def test_a_policy_limits_whom_it_names_and_nobody_else(
         assert answers == expected, (method, path, headers)
 
 
-async def test_thousands_of_requests_at_once_wait_for_the_sidecar(regions: dict[str, Gateway]) -> None:
-    admin = await regions[EAST].admin()
-    dump = (await admin.get("/config_dump", params={"resource": "dynamic_active_clusters"})).json()
-    (cluster,) = [each["cluster"] for each in dump["configs"] if each["cluster"]["name"] == "ratelimit_cluster"]
+def is_set_for_bursts(cluster: Mapping[str, Any]) -> bool:
     (threshold,) = cluster["circuit_breakers"]["thresholds"]
-    assert (threshold["max_requests"], threshold["max_pending_requests"]) == (100_000, 100_000)
     (options,) = cluster["typed_extension_protocol_options"].values()
-    assert options["explicit_http_config"]["http2_protocol_options"]["max_outbound_control_frames"] == 100_000
+    frames = options["explicit_http_config"]["http2_protocol_options"].get("max_outbound_control_frames")
+    return (threshold["max_requests"], threshold["max_pending_requests"], frames) == (100_000,) * 3
+
+
+async def has_cluster_for_bursts(gateway: Gateway, name: str) -> bool:
+    admin = await gateway.admin()
+    dump = (await admin.get("/config_dump", params={"resource": "dynamic_active_clusters"})).json()
+    return any(
+        each["cluster"]["name"] == name and is_set_for_bursts(each["cluster"]) for each in dump.get("configs", ())
+    )
+
+
+async def test_thousands_of_requests_at_once_wait_for_the_sidecar(regions: dict[str, Gateway]) -> None:
+    assert await has_cluster_for_bursts(regions[EAST], "ratelimit_cluster")
+
+
+async def test_so_do_thousands_that_wait_for_authorization(regions: dict[str, Gateway]) -> None:
+    """Without a Kubernetes API the cluster's name lacks the kind, and there is no Service."""
+    gateway = regions[WEST]
+    text = (ROOT / "examples/filters/envoy-gateway.yaml").read_text()
+    policy, patch, _ = yaml.safe_load_all(
+        text.replace("securitypolicy/shop/", "/default/").replace("namespace: shop", "namespace: default")
+    )
+    policy["spec"]["targetRefs"][0]["name"] = "changing"
+    backend = {"group": "gateway.envoyproxy.io", "kind": "Backend", "name": "shop"}
+    policy["spec"]["extAuth"]["grpc"]["backendRefs"] = [backend]
+    gateway.write("authorized-route.yaml", ROUTE)
+    gateway.write("authorization.yaml", yaml.safe_dump_all([policy, patch]))
+    await until(lambda: has_cluster_for_bursts(gateway, "/default/shop-ratelimit/extauth/0"))
 
 
 async def test_no_client_leaves_the_end_of_a_response_unread_for_long(regions: dict[str, Gateway]) -> None:

@@ -29,7 +29,7 @@ _VALUES: Final = (
     "*",
     "10.0.0.1",
     "no",
-    " ",
+    "a b",
 )
 _TRAILING: Final = ("foo*", "f*", "*", "ü*", "a*")
 _ANYWHERE: Final = ("*bar", "f*r", "a*c", "**", "f*o*r", "*")

@@ -70,6 +70,7 @@ REFUSED_HERE: Final[Mapping[str, str]] = {
     "unknown-unit-of-unlimited": r"rate_limit\.unit: found .* unlimited",
     "misplaced-key": rf'found the unknown key "({_GRAMMAR})"',
     "tags": r"found the tag",
+    "blanks-in-rules": r"expected no spaces or tabs",
     "null-in-metadata": r"metadata.*: found a key that is empty",
 }
 """By the row of the table: how a problem reads that only this side finds."""

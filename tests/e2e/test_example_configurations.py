@@ -32,6 +32,30 @@ def with_patches(bootstrap: Any, envoy_filter: Any) -> Any:
     return bootstrap
 
 
+ASKS_THE_SIDECAR = [
+    *("filters/envoy-ratelimit.yaml", "filters/envoy-ext-authz.yaml", "filters/envoy-ext-authz-http.yaml"),
+    *("edge/envoy.yaml", "edge/failover.yaml", "llm-tokens/envoy.yaml", "llm-tokens/envoy-afterwards.yaml"),
+    *("../deploy/istio/workload.yaml", "../deploy/istio/gateway.yaml"),
+    *(f"../envoy/{region}.yaml" for region in ("us-east-1", "eu-west-2", "ap-southeast-1")),
+]
+
+
+@pytest.mark.parametrize("name", ASKS_THE_SIDECAR)
+def test_thousands_of_requests_at_once_wait_for_the_sidecar(name: str) -> None:
+    """Those that a circuit breaker refuses pass, and so do all on a connection that Envoy ends (docs/tuning.md)."""
+    config = read(name)
+    if config.get("kind") == "EnvoyFilter":
+        config = with_patches(read("filters/envoy-ratelimit.yaml"), config)
+    clusters = [each for each in config["static_resources"]["clusters"] if "sidecar" in each["name"]]
+    assert clusters
+    for cluster in clusters:
+        (threshold,) = cluster["circuit_breakers"]["thresholds"]
+        assert (threshold["max_requests"], threshold["max_pending_requests"]) == (100_000, 100_000)
+        for options in cluster.get("typed_extension_protocol_options", {}).values():
+            http2 = options["explicit_http_config"]["http2_protocol_options"]
+            assert (http2["max_outbound_frames"], http2["max_outbound_control_frames"]) == (1_000_000, 100_000)
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -89,6 +89,46 @@ def test_it_is_matched_byte_for_byte() -> None:
     ]
 
 
+AROUND = (b"", b" ", b"  ", b"\t", b" \t ")
+
+
+@pytest.mark.parametrize("key", [b"user", b"plan", b"path", b"detailed", b"unknown"])
+@pytest.mark.parametrize("own", [False, True])
+def test_spaces_and_tabs_around_a_value_make_no_other_caller(key: bytes, own: bool) -> None:
+    """Over HTTP/2 and HTTP/3 Envoy leaves them there, while what is behind it reads the value alone."""
+    limiter = rules_limiter()
+    value = b"spent" if key == b"plan" else b"caf one"
+    override = Override(requests_per_unit=1, unit=RateLimitUnit.MINUTE) if own else None
+    requests = [
+        Request(
+            domain=b"shop",
+            descriptors=[Descriptor(entries=[Entry(key=key, value=before + value + after)], limit=override)],
+        ).SerializeToString()
+        for before in AROUND
+        for after in AROUND
+    ]
+    codes = [decide(limiter, request).overall_code for request in requests]
+    most = 1 if own or key == b"plan" else 2
+    assert codes == [OK] * most + [OVER_LIMIT] * (len(requests) - most)
+    assert len({take.bucket_key for request in requests for take in limiter.plan(request).takes}) == 1
+    inside = request_of([(key, b"caf  one")])
+    assert [take.bucket_key for take in limiter.plan(inside).takes] != [
+        take.bucket_key for take in limiter.plan(requests[0]).takes
+    ]
+
+
+def test_pairs_without_an_order_are_matched_without_what_is_around_values() -> None:
+    rules = Rules(
+        {"shop": RuleNode(exact={("plan", "gold"): RuleNode(key_only={"app": RuleNode(per_minute("both"))})})}
+    )
+    pairs, plain_pairs = [("app", "web"), ("plan", " gold\t")], [("plan", "gold"), ("app", "web")]
+    assert rules.in_order("shop", pairs) == [("plan", " gold\t"), ("app", "web")]
+    match, plain = (rules.match("shop", entries) for entries in (rules.in_order("shop", pairs), plain_pairs))
+    assert match is not None
+    assert plain is not None
+    assert match.bucket_key == plain.bucket_key
+
+
 def test_metadata_and_names_of_metrics_are_text_all_the_same() -> None:
     limiter = rules_limiter()
     answer = decide(limiter, request_of([(b"detailed", CAFE)], [(b"shown", CAFE)]))
