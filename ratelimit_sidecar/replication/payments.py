@@ -326,7 +326,7 @@ class PaymentExchange:
 
     def closed(self, stream: StreamPayments) -> None:
         """Free the room of a stream's unanswered asks, and give up its wishes: it is closed at this end. What was set
-        aside for the peer's wishes stays so: a ticket that has arrived may still be used."""
+        aside for the peer's wishes stays so: the peer may have used its ticket, or may yet get it."""
         self.ledger.closed(stream.stream_number, stream.unanswered_asks, self._strict_us())
         stream.unanswered_asks.clear()
         for number, wish in stream.unanswered_wishes.items():
