@@ -28,7 +28,7 @@ from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.limiter.key import KEY_ONLY, TOKEN_BUCKET, KeyEntry, encode_bucket_key
 from ratelimit_sidecar.replication.deltas import DeltasWriter
-from ratelimit_sidecar.replication.key_ids import KeyIdsReceived, KeyRoom
+from ratelimit_sidecar.replication.key_ids import KeyIdsReceived, KeyMemory
 from ratelimit_sidecar.replication.mesh import Mesh
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import PROTOCOL
@@ -95,7 +95,7 @@ class MemoryPeer:
         self._keys = cycle(keys)
         self._taking = taking
         self._now_us = now_us
-        self._key_ids = KeyIdsReceived(KeyRoom(), "")
+        self._key_ids = KeyIdsReceived(KeyMemory(), "")
         self._said: asyncio.Queue[bytes] = asyncio.Queue()
         self._sent_ns: deque[int] = deque()
         self._pinged_ns: deque[int] = deque()

@@ -59,10 +59,10 @@ def _warn_when_full(buckets: Store | Ledger, limiter: Limiter) -> None:
     if isinstance(buckets, Store) and buckets.horizon_shift:
         part = 0.5**buckets.horizon_shift
         _log.warning("too_many_slots", slots=buckets.slots, most_slots=buckets.most_slots, part_of_horizon=part)
-    if not buckets.room.is_ample:
+    if not buckets.places.is_ample:
         overflowed = sum(limiter.overflow_decisions.values())
         _log.warning(
-            "buckets_full", buckets=len(buckets), max_buckets=buckets.room.max_buckets, overflow_decisions=overflowed
+            "buckets_full", buckets=len(buckets), max_buckets=buckets.places.max_buckets, overflow_decisions=overflowed
         )
 
 

@@ -98,7 +98,7 @@ class Cluster:
     def is_settled(self) -> bool:
         """Every node is connected to every other one and has been acknowledged everything."""
         return all(
-            sum(bool(peer.streams) and peer.outbox.is_settled for peer in node.replicator.peers.values())
+            sum(bool(peer.streams) and peer.outbox.is_all_acknowledged for peer in node.replicator.peers.values())
             >= len(self.names) - 1
             for node in self.live
         )
@@ -161,7 +161,7 @@ class Cluster:
     def note_frame(self, source: End, target: End, raw: bytes) -> None:
         """A frame has arrived."""
 
-    def note_drained(self, node: Node, *, is_settled: bool) -> None:
+    def note_drained(self, node: Node, *, is_all_acknowledged: bool) -> None:
         """A node is about to exit."""
 
     def look(self, node: Node) -> None:

@@ -286,17 +286,17 @@ class Node:
             return
         self._let_out()
         done(self.replicator.flush_steps(self.clock.now_us()))
-        self._await_settled(self.cluster.loop.now_us + int(DEFAULT_BOUNDS.drain * SECOND_US))
+        self._await_acknowledgements(self.cluster.loop.now_us + int(DEFAULT_BOUNDS.drain * SECOND_US))
 
-    def _await_settled(self, until_us: int) -> None:
+    def _await_acknowledgements(self, until_us: int) -> None:
         if not self.is_up:
             return
         loop = self.cluster.loop
-        is_settled = self.replicator.is_settled()
-        if not is_settled and loop.now_us < until_us:
-            loop.after(POLL_DRAIN_US, self._await_settled, until_us)
+        is_all_acknowledged = self.replicator.is_all_acknowledged()
+        if not is_all_acknowledged and loop.now_us < until_us:
+            loop.after(POLL_DRAIN_US, self._await_acknowledgements, until_us)
             return
-        self.cluster.note_drained(self, is_settled=is_settled)
+        self.cluster.note_drained(self, is_all_acknowledged=is_all_acknowledged)
         for end in list(self.ends):
             end.stream.close(Reason.DRAINING, "the sidecar is shutting down", self.clock.now_us())
         loop.after(int(DEFAULT_BOUNDS.goodbye * SECOND_US), self._exit)

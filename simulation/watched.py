@@ -174,10 +174,10 @@ class Watched(Cluster):
         if self.trace is not None:
             self.tell(f"{source.owner.name} -> {target.owner.name}  {text_of(raw)}")
 
-    def note_drained(self, node: Node, *, is_settled: bool) -> None:
+    def note_drained(self, node: Node, *, is_all_acknowledged: bool) -> None:
         """When all is acknowledged, the peers must hold it."""
-        self.tell(f"{node.name} has drained{'' if is_settled else ', as far as there was time'}")
-        if not is_settled:
+        self.tell(f"{node.name} has drained{'' if is_all_acknowledged else ', as far as there was time'}")
+        if not is_all_acknowledged:
             return
         self.drains += 1
         if not self.clocks_agree:
@@ -361,13 +361,13 @@ class Watched(Cluster):
         for node in self.live:
             strict_us = node.clock.strict_us()
             # To walk through the ledger would be most of the work of a run.
-            found = [node.ledger._all.get(key) for key in self._strict]
+            found = [node.ledger._policies.get(key) for key in self._strict]
             for bucket in (policy.bucket for policy in found if policy is not None):
                 bucket.advance(strict_us)
                 homes[bucket.key] += bucket.home
                 capacities.setdefault(bucket.key, []).append(bucket.limit.capacity)
                 held = max(0, bucket.level) + bucket.room_reserved
-                if held > bucket.ceiling and bucket.level > 0:
+                if held > bucket.max_level and bucket.level > 0:
                     raise BrokenPromise(f"strict: level and reserved room of {bucket.key!r} exceed the home")
                 levels[bucket.key] += max(0, bucket.level) * SECOND_US // bucket.limit.period_us
         for key, home in homes.items():

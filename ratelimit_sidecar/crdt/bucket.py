@@ -177,7 +177,10 @@ class Bucket(ABC):
 
     @abstractmethod
     def would_admit(self, hits: int, now_us: int) -> bool:
-        """Return what `take` would return, without charging anything."""
+        """Return what `take` would return, without charging anything.
+
+        A strict bucket that would deny them notes the hits as demand, so that peers are asked.
+        """
 
     def refund(self, _tokens: int | None, _now_us: int) -> int:
         """Make tokens that were taken available again, here and on every peer, up to a full bucket.
@@ -214,11 +217,13 @@ class Bucket(ABC):
             The number of entries that told something new.
         """
 
-    def correct(self, sender: Origin, entries: Iterable[Entry], now_us: int) -> bool:
+    def lower_to_own_report(self, sender: Origin, entries: Iterable[Entry], now_us: int) -> bool:
         """Lower counts of `sender` to what it reports itself; other peers may have reported more.
 
-        Only counts of slots that are over are lowered: they are final, so replicas end up equal. Entries that it wrote
-        before others that this bucket has already must not get here.
+        Only counts of slots that are over are lowered: they are final, so replicas end up equal.
+
+        The caller passes what the sender itself has sent, on its newest stream and in a frame that nothing has
+        overtaken (`DeltasReader.apply_steps`): an older report would lower a count that is right.
 
         Returns:
             True when something changed.
@@ -358,12 +363,12 @@ class Bucket(ABC):
         """The tokens in each slot, of all origins together. So a fold costs as much as there are slots, however many
         origins there are.
         """
-        tokens_of = self._tokens_received()
-        if tokens_of is self._received_tokens:
-            tokens_of = dict(tokens_of)
+        by_slot = self._tokens_received()
+        if by_slot is self._received_tokens:
+            by_slot = dict(by_slot)
         for slot, tokens in self.tokens_of(self.origin).items():
-            tokens_of[slot] = self._together(slot, tokens_of.get(slot, 0), tokens)
-        return tokens_of
+            by_slot[slot] = self._together(slot, by_slot.get(slot, 0), tokens)
+        return by_slot
 
     def _together(self, _slot: int, tokens: int, others: int) -> int:
         """Combine two counts of one slot: their sum; the maximum for a window's refund marks."""
@@ -373,14 +378,14 @@ class Bucket(ABC):
         """The tokens in each slot of other origins together. Not to be changed."""
         if self._received_tokens is not None:
             return self._received_tokens
-        tokens_of: dict[int, int] = {}
+        by_slot: dict[int, int] = {}
         if self._received is not None:
             for slots in self._received.values():
                 for slot, tokens in slots.items():
-                    tokens_of[slot] = self._together(slot, tokens_of.get(slot, 0), tokens)
+                    by_slot[slot] = self._together(slot, by_slot.get(slot, 0), tokens)
             if self._received_entries >= SUMMED_ENTRIES:
-                self._received_tokens = tokens_of
-        return tokens_of
+                self._received_tokens = by_slot
+        return by_slot
 
     def own_entries(self, slots: Iterable[int]) -> Iterator[Entry]:
         """This replica's entries of `slots`, without those dropped meanwhile."""
@@ -460,9 +465,9 @@ class Bucket(ABC):
             self._note_unsent(self.journal, self._own_slot)
             self._own_slot_unsent = True
 
-    def _tell_early(self, limit: AnyLimit, before: int, after: int) -> None:
-        """Have peers told soon if a take has made the bucket nearly used up, or crossed a further 1/16 to 1/8 of the
-        limit.
+    def _mark_if_urgent(self, limit: AnyLimit, before: int, after: int) -> None:
+        """Mark the bucket as urgent, so that peers hear of it before others, if a take has made it nearly used up, or
+        crossed a further 1/16 to 1/8 of the limit.
 
         Args:
             before, after: what counted against the limit, in the unit of its `ceiling`.
@@ -484,7 +489,8 @@ class Bucket(ABC):
             self._note_unsent(self.journal, slot)
 
     def _own_refund(self, slot: int) -> int:
-        """This replica's refund entry of `slot`, an id with `REFUND`."""
+        """This replica's refund entry of `slot`, an id with `REFUND`. If the clock was set back, the bucket first takes
+        its new origin, which has none."""
         self._take_new_origin()
         return 0 if self._own is None else self._own.get(slot, 0)
 
@@ -544,9 +550,9 @@ class Bucket(ABC):
 
     def _note_received(self, slot: int, held: int, tokens: int) -> None:
         """An origin's entry of a slot is now `tokens`; it was `held`."""
-        tokens_of = self._received_tokens
-        if tokens_of is not None:
-            tokens_of[slot] = tokens_of.get(slot, 0) + tokens - held
+        by_slot = self._received_tokens
+        if by_slot is not None:
+            by_slot[slot] = by_slot.get(slot, 0) + tokens - held
 
     def _trim(self) -> None:
         """Drop the oldest slots of origins that have too many."""
@@ -584,8 +590,8 @@ class Bucket(ABC):
         return self.journal is not None and origin in self.journal.peers
 
     def _recall(self, slot: int, tokens: int) -> int:
-        """Join a peer's entry of this replica's own origin. It is accepted only for a slot that this replica no longer
-        holds: it dropped the bucket as idle, and under another limit the slot counts again, here or at a peer.
+        """Join a peer's entry of this replica's own origin. It is accepted only for a slot that is over and no longer
+        held here: this replica dropped the bucket as idle, and the slot counts again, since the limit has changed.
         """
         own = self._own or {}
         held = self._own_tokens if slot == self._own_slot else own.get(slot, 0)
@@ -617,9 +623,9 @@ class Bucket(ABC):
             slots: Iterable[int] = self._received_tokens or set[int]().union(*self._received.values())
             past = [slot for slot in slots if is_past(slot)]
             if past:
-                tokens_of = self._tokens_received()
+                by_slot = self._tokens_received()
                 for slot in past:
-                    forgotten[slot] = forgotten.get(slot, 0) + tokens_of[slot]
+                    forgotten[slot] = forgotten.get(slot, 0) + by_slot[slot]
                 self._forget_received(past)
         return forgotten
 

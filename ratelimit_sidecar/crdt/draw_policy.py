@@ -28,7 +28,7 @@ MOST_PACE_US: Final = 1_000_000
 
 def draw_needs(bucket: GrantedBucket, strict_us: int) -> Needs | None:
     """What the bucket needs of its account; None when there is no need to call. The caller has advanced the bucket."""
-    target = -(-bucket.demand * DRAW_AHEAD_US // (1_000_000 * TOKEN))
+    target = -(-bucket.demand() * DRAW_AHEAD_US // (1_000_000 * TOKEN))
     if strict_us - bucket.denied_us < SHORTAGE_US:
         target = max(target, bucket.short_of)
     else:

@@ -96,11 +96,11 @@ class GatewayLedger(GrantLedger):
             bucket = self._active[0]
             self._active.rotate(-1)
             if strict_us - bucket.denied_us < SHORTAGE_US and len(bucket.key) <= longest_key:
-                for peer, ask in self._all[bucket.key].asks(members, strict_us).items():
+                for peer, ask in self._policies[bucket.key].make_asks(members, strict_us).items():
                     asks.setdefault(peer, {})[bucket.key] = ask
         return asks
 
-    def answer(self, peer: str, key: bytes, ask: Ask, strict_us: int) -> Pay | None:
+    def pay(self, peer: str, key: bytes, ask: Ask, strict_us: int) -> Pay | None:
         limit = self.limit_of_key(key)
         if not isinstance(limit, TokenBucketLimit):
             return None

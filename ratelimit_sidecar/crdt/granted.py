@@ -7,9 +7,10 @@ before the call was sent; the account counts it in `out` for longer than that. S
 when it is stopped and goes on minutes later, is nobody's any more; refill restores it. tests/fabric/accounts_model.py
 has the proof.
 
-The bucket's `ceiling` is the grant, and nothing refills here. Each call says how much of the former grant ends and what
-is kept, so a grant is renewed, and what was spent is room again. When a call fails, nobody knows whether it was done:
-then the grant stays as it is until its end, and the next call counts what is left once more, which is the safe side.
+The bucket's `max_level` is the grant, and nothing refills here. Each call says how much of the former grant ends and
+what is kept, so a grant is renewed, and what was spent is room again. When a call fails, nobody knows whether it was
+done: then the grant stays as it is until its end, and the next call counts what is left once more, which is the safe
+side.
 
 Units are those of `strict.py`; grants are in whole tokens.
 """
@@ -210,7 +211,7 @@ class GrantedBucket(StrictBucket):
     def _set_grant(self, tokens: int) -> None:
         """Set how many tokens may be held here."""
         self.granted = tokens
-        self.ceiling = tokens * self._limit.period_us << 32
+        self.max_level = tokens * self._limit.period_us << 32
 
     def set_limit(self, limit: AnyLimit, strict_us: int) -> None:
         super().set_limit(limit, strict_us)
@@ -222,7 +223,7 @@ class GrantLedger(Ledger):
     """All strict buckets of a sidecar in a region with accounts. Its shares are the region's; see `Ledger`."""
 
     def bucket(self, key: bytes, limit: TokenBucketLimit, strict_us: int) -> StrictBucket:
-        policy = self._all.get(key)
+        policy = self._policies.get(key)
         if policy is None:
             return self._make(key, limit, strict_us)
         bucket = policy.bucket
@@ -231,7 +232,7 @@ class GrantLedger(Ledger):
         return bucket
 
     def _make(self, key: bytes, limit: TokenBucketLimit, strict_us: int) -> StrictBucket:
-        if not self.room.take(key):
+        if not self.places.take(key):
             raise StoreFull
         bucket = self._new_bucket(key, limit, strict_us)
         self._add(key, bucket)
@@ -251,7 +252,7 @@ class GrantLedger(Ledger):
         bucket = self._active.popleft()
         assert isinstance(bucket, GrantedBucket)
         bucket.advance(strict_us)
-        if bucket.granted or bucket.demand or bucket.level < 0:
+        if bucket.granted or bucket.demand() or bucket.level < 0:
             self._active.append(bucket)
             return bucket
         bucket.is_active = False

@@ -1,4 +1,8 @@
-"""State that all replicated buckets of one store share, the `Journal`, and its queue of urgent buckets."""
+"""The `Journal`: which buckets changed since the last flush, and all else that a store's replicated buckets share.
+
+It is no log that lasts: it lives in memory, names each bucket once, and each flush empties it. What was taken in order
+is in the change log (`replication.changes`).
+"""
 
 from __future__ import annotations
 

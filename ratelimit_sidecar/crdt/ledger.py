@@ -15,7 +15,7 @@ from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.homes import Homes
 from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.crdt.payment_policy import Ask, Pay, PaymentPolicy, Ticket
-from ratelimit_sidecar.crdt.room import Room
+from ratelimit_sidecar.crdt.places import BucketPlaces
 from ratelimit_sidecar.crdt.shares import TOKEN, Shares
 from ratelimit_sidecar.crdt.store import DEFAULT_MAX_BUCKETS, LimitOfKey, StoreFull
 from ratelimit_sidecar.crdt.strict import HOLD_US, StrictBucket
@@ -60,12 +60,12 @@ class Ledger:
         max_buckets: int = DEFAULT_MAX_BUCKETS,
         rule_key: Callable[[bytes], bytes] = lambda _key: b"",
     ) -> None:
-        self.room = Room(max_buckets, rule_key)
+        self.places = BucketPlaces(max_buckets, rule_key)
         self.shares = shares
         self.limit_of_key = limit_of_key
         self.queues = WaitQueues()
         self._origin = origin
-        self._all = UntrackedDict[PaymentPolicy]()
+        self._policies = UntrackedDict[PaymentPolicy]()
         self._active: deque[StrictBucket] = deque()
         """Buckets that `tick` has to look at; each appends itself when a request takes from it."""
         self._sweep_order: deque[PaymentPolicy] = deque()
@@ -79,11 +79,11 @@ class Ledger:
         the first key takes long.)"""
 
     def __len__(self) -> int:
-        return len(self._all)
+        return len(self._policies)
 
     def walk(self) -> Iterator[StrictBucket]:
         """Every bucket. The caller may pause between two; buckets added or dropped meanwhile may be left out or not."""
-        for shard in self._all.shards:
+        for shard in self._policies.shards:
             for policy in list(shard.values()):
                 yield policy.bucket
 
@@ -96,7 +96,7 @@ class Ledger:
         Raises:
             StoreFull: there is no bucket, and no room for a new one.
         """
-        policy = self._all.get(key)
+        policy = self._policies.get(key)
         if policy is None:
             bucket = self._make(key, limit, strict_us)
             if self._kept:
@@ -116,7 +116,7 @@ class Ledger:
         """Forget all buckets, in steps; then the ledger must not be used any more. See `Store.clear`."""
         self._active.clear()
         self._sweep_order.clear()
-        yield from self._all.clear()
+        yield from self._policies.clear()
 
     def amounts_to_keep(self) -> Iterator[tuple[bytes, int]]:
         """What each purse has, by key; below 0 what it owes. Call it at a stop, when no purse is taken from or pays any
@@ -153,7 +153,7 @@ class Ledger:
                 self._kept_order.append(key)
 
     def _restore(self, bucket: StrictBucket) -> None:
-        if bucket.ceiling and bucket.key in self._kept:
+        if bucket.max_level and bucket.key in self._kept:
             bucket.restore(self._kept.pop(bucket.key))
 
     def withhold(self, key: bytes, limit: TokenBucketLimit, amount: int, strict_us: int) -> int:
@@ -172,12 +172,13 @@ class Ledger:
         bucket.advance(strict_us)
         bucket.withhold(amount)
         bucket.set_home(self.shares.home(key, limit.capacity, strict_us), strict_us)
-        return bucket.withheld
+        return bucket.envoys_amount
 
     def tick(
         self, streams: Mapping[str, int], strict_us: int, max_buckets: int, longest_key: int
     ) -> dict[str, dict[bytes, Ask]]:
-        """Look at up to `max_buckets` active buckets.
+        """Look at up to `max_buckets` active buckets: have each follow its home and make asks for it. Note whether
+        homes have changed, and free the room of some old tickets. To be called without peers too.
 
         Args:
             streams: by peer that can be asked, the number of the stream to it.
@@ -197,15 +198,15 @@ class Ledger:
             askable = members if len(bucket.key) <= longest_key else {}
             if bucket.home < FEW_TOKENS and bucket.key in self.queues.by_key:
                 askable = {}
-            for peer, ask in self._all[bucket.key].asks(askable, strict_us).items():
+            for peer, ask in self._policies[bucket.key].make_asks(askable, strict_us).items():
                 asks.setdefault(peer, {})[bucket.key] = ask
-            if bucket.demand or bucket.reserved:
+            if bucket.demand() or bucket.reserved:
                 self._active.append(bucket)
             else:
                 bucket.is_active = False
         return asks
 
-    def answer(self, peer: str, key: bytes, ask: Ask, strict_us: int) -> Pay | None:
+    def pay(self, peer: str, key: bytes, ask: Ask, strict_us: int) -> Pay | None:
         """Answer a peer's ask: the payment to send.
 
         Returns:
@@ -221,7 +222,7 @@ class Ledger:
             self.bucket(key, limit, strict_us)
         except StoreFull:
             return None
-        return self._all[key].answer(peer, ask, strict_us)
+        return self._policies[key].pay(peer, ask, strict_us)
 
     def receive_payment(self, peer: str, stream_number: int, key: bytes, pay: Pay, strict_us: int) -> bool:
         """Add a peer's payment for the ask for `key` that is open on that stream.
@@ -229,7 +230,7 @@ class Ledger:
         Returns:
             False if the peer claims to pay more than it can have. Then only what it can have was added.
         """
-        policy = self._all[key]
+        policy = self._policies[key]
         max_home = self.shares.max_home(peer, key, policy.bucket.limit.capacity)
         is_right = policy.receive_payment(peer, stream_number, pay, max_home, strict_us)
         queue = self.queues.by_key.get(key)
@@ -239,7 +240,7 @@ class Ledger:
 
     def wait(self, key: bytes, waiting: PendingDecision, strict_us: int) -> bool:
         """Let a request wait for tokens of the bucket with that key; see `WaitQueues.join`."""
-        return self.queues.join(self._all[key], waiting, strict_us)
+        return self.queues.join(self._policies[key], waiting, strict_us)
 
     def accept(self, number: int, wish: Wish, ticket: Ticket, strict_us: int) -> int:
         """Take the ticket that a peer has sent for a wish; see `WaitQueue.accept`."""
@@ -269,7 +270,7 @@ class Ledger:
         queue = self.queues.by_key.get(key)
         if queue is not None and len(queue):
             return Ticket(0, 0)
-        ticket = self._all[key].ticket(number, tokens, strict_us)
+        ticket = self._policies[key].set_aside(number, tokens, strict_us)
         if ticket.tokens:
             self._tickets[number] = _IssuedTicket(key, peer, strict_us + HOLD_US)
         return ticket
@@ -278,7 +279,7 @@ class Ledger:
         """Free a ticket that a peer is done with; nothing happens if it has expired. See `StrictBucket.release`."""
         held = self._tickets.pop(number, None)
         if held is not None:
-            self._all[held.key].bucket.release(number, held.peer, returned, strict_us)
+            self._policies[held.key].bucket.release(number, held.peer, returned, strict_us)
 
     def _release_old_tickets(self, strict_us: int) -> None:
         for _ in range(SERVED_AT_ONCE):
@@ -290,7 +291,7 @@ class Ledger:
     def closed(self, stream_number: int, keys: Iterable[bytes], strict_us: int) -> None:
         """Free the room of the asks for `keys` that were open on a stream, which is closed."""
         for key in keys:
-            self._all[key].bucket.closed(stream_number, strict_us)
+            self._policies[key].bucket.closed(stream_number, strict_us)
 
     def sweep(self, strict_us: int, max_buckets: int) -> int:
         """Look at the next `max_buckets` and drop those that are full and have no open asks.
@@ -305,14 +306,14 @@ class Ledger:
             policy = self._sweep_order.popleft()
             bucket = policy.bucket
             if not bucket.is_active and bucket.key not in self.queues.by_key and bucket.is_idle(strict_us):
-                del self._all[bucket.key]
-                self.room.give_back(bucket.key)
+                del self._policies[bucket.key]
+                self.places.give_back(bucket.key)
             else:
                 self._sweep_order.append(policy)
         return count
 
     def _make(self, key: bytes, limit: TokenBucketLimit, strict_us: int) -> StrictBucket:
-        if not self.room.take(key):
+        if not self.places.take(key):
             raise StoreFull
         self._homes.look(strict_us)
         home, from_us = self.shares.home(key, limit.capacity, strict_us), self._homes.since_us
@@ -332,5 +333,5 @@ class Ledger:
     def _add(self, key: bytes, bucket: StrictBucket) -> None:
         policy = PaymentPolicy(bucket)
         young_objects.note(_OBJECTS_OF_PURSE + _OBJECTS_OF_PEER * (len(self.shares.membership.weights) - 1))
-        self._all.add(key, policy)
+        self._policies.add(key, policy)
         self._sweep_order.append(policy)

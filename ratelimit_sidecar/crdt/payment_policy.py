@@ -49,8 +49,8 @@ class Ask(NamedTuple):
     """A request to a peer for up to `amount`.
 
     Args:
-        level: the level of the node that asks.
-        demand: the tokens that its requests ask for in a second.
+        level: the level of the node that asks, as an amount.
+        demand: the amount that its requests ask for in a second.
         is_short: True if it has denied a request lately.
     """
 
@@ -109,19 +109,22 @@ class PaymentPolicy:
     bucket: StrictBucket
     _peers: defaultdict[str, _Peer] = field(default_factory=lambda: defaultdict(_Peer))
 
-    def asks(self, streams: Mapping[str, int], strict_us: int) -> dict[str, Ask]:
-        """The asks to send now, by peer. Room is reserved for each.
+    def make_asks(self, streams: Mapping[str, int], strict_us: int) -> dict[str, Ask]:
+        """Ask peers for tokens: reserve room for each ask, and note when the peer was asked.
 
         Args:
             streams: by peer that can be reached, the number of the stream to it.
+
+        Returns:
+            The asks to send, by peer; the caller later calls `receive_payment` or `StrictBucket.closed` for each.
         """
         bucket = self.bucket
         bucket.advance(strict_us)
         is_short = self._is_short(strict_us)
-        if not is_short and (bucket.level >= bucket.ceiling * 3 // 4 or not bucket.demand):
+        if not is_short and (bucket.level >= bucket.max_level * 3 // 4 or not bucket.demand()):
             return {}
-        limit, home, room = bucket.limit, bucket.home, bucket.room
-        room -= min(room // 4, bucket.refill * PAY_AHEAD_US)
+        limit, home, free_room = bucket.limit, bucket.home, bucket.free_room
+        free_room -= min(free_room // 4, bucket.refill * PAY_AHEAD_US)
         pace_us = max(LEAST_PACE_US, (limit.ceiling // limit.tokens) >> PACE_SHIFT)
         slow_pace_us = max(pace_us, PAY_AHEAD_US) if home < 8 * TOKEN else pace_us
         # What each is likely to have left: at most as much as this replica's home.
@@ -133,11 +136,11 @@ class PaymentPolicy:
             if stream not in bucket.reserved and strict_us - payer.asked_us >= peer_pace_us:
                 is_known = strict_us - payer.answered_us < REPORT_US
                 likely[peer] = min(home, max(payer.left, home >> 5)) if is_known else home
-        total, level, demand = sum(likely.values()), max(0, bucket.level) // limit.period_us, bucket.demand
+        total, level, demand = sum(likely.values()), max(0, bucket.level) // limit.period_us, bucket.demand()
         asks = {}
         for peer, left in likely.items():
             payer = self._peers[peer]
-            grains = room * left // total if total else 0
+            grains = free_room * left // total if total else 0
             # No more than the peer is credited with: anything above that would be paid but not counted here.
             if payer.answered_us != NEVER_US:
                 grains = min(grains, bucket.credit_of(peer, payer.max_home))
@@ -148,7 +151,7 @@ class PaymentPolicy:
                 asks[peer] = Ask(amount, level, demand, is_short)
         return asks
 
-    def answer(self, peer: str, ask: Ask, strict_us: int) -> Pay:
+    def pay(self, peer: str, ask: Ask, strict_us: int) -> Pay:
         """Pay the peer its fair part of the spare tokens."""
         bucket, asker = self.bucket, self._peers[peer]
         bucket.advance(strict_us)
@@ -162,7 +165,7 @@ class PaymentPolicy:
             if gives and rank(bucket.key, peer) < rank(bucket.key, bucket.origin.node):
                 return Pay(bucket.pay(peer, ask.amount), 0)
             return Pay(0, 0)
-        kept = max(reserve, bucket.demand * PAY_AHEAD_US // 1_000_000)
+        kept = max(reserve, bucket.demand() * PAY_AHEAD_US // 1_000_000)
         if not ask.is_short:
             kept = max(kept, (level + ask.level) // 2)
         spare = max(0, level - kept // TOKEN * TOKEN)
@@ -178,7 +181,7 @@ class PaymentPolicy:
         self.note_left(peer, pay.left, max_home, strict_us)
         return self.bucket.receive_payment(stream_number, peer, pay.amount, max_home)
 
-    def ticket(self, number: int, tokens: int, strict_us: int) -> Ticket:
+    def set_aside(self, number: int, tokens: int, strict_us: int) -> Ticket:
         """Set aside up to `tokens` for requests that wait at a peer, without a reserve: a request that waits there
         counts more than one that may come here.
         """
@@ -210,10 +213,10 @@ class PaymentPolicy:
             return max(bucket.home, TOKEN)
         if since_us < REPORT_US and not payer.left:
             return 0
-        ceiling, refill = scaled_home(bucket.limit, payer.max_home)
+        home_grains, refill = scaled_home(bucket.limit, payer.max_home)
         credit = bucket.credit_of(peer, payer.max_home)
         if since_us < REPORT_FORGOTTEN_US:
-            credit = min(credit, ceiling, payer.left * bucket.limit.period_us + since_us * refill)
+            credit = min(credit, home_grains, payer.left * bucket.limit.period_us + since_us * refill)
         return credit // bucket.limit.period_us
 
     def _is_short(self, strict_us: int) -> bool:

@@ -6,8 +6,8 @@ at most one limit while epochs differ:
 - A node of epoch E + 1 uses the smaller of its homes of E and E + 1. So together with nodes still on E the sum is at
   most that of E, and together with nodes on E + 1 at most that of E + 1.
 - It uses the new home in full once every member has shown epoch E + 1.
-- Until then weights that a member shows under an epoch before E count too: the change before has not reached it. So the
-  sum is at most that of the earliest epoch. Whom a node has not heard since its start it cannot heed.
+- Until then, if a member still shows an epoch older than E, its weights count too: the change to E has not reached it.
+  So the sum is at most that of the earliest epoch. A node cannot heed whom it has not heard since its start.
 
 A node that leaves must be stopped before the new epoch is rolled out. A peer that shows other members under the same
 epoch is configured wrongly; then the smaller home of the two is used. Units are those of `strict.py`.
@@ -131,7 +131,7 @@ class Shares:
         return set(self.membership.weights) - {self.node}
 
     @property
-    def is_settled(self) -> bool:
+    def is_epoch_everywhere(self) -> bool:
         """True when the new home counts in full: every member has shown this epoch."""
         return self.membership.previous is None or self._others <= self._current
 
@@ -192,7 +192,7 @@ class Shares:
         if strict_us < self.from_us:
             return []
         found = [self.membership.weights]
-        if self.membership.previous is not None and not self.is_settled:
+        if self.membership.previous is not None and not self.is_epoch_everywhere:
             found.append(self.membership.previous)
             found += [weights for weights, _ in self._behind]
         if self.is_id_taken:

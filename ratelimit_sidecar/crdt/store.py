@@ -4,7 +4,7 @@ Holds active buckets only: an idle one equals an absent one, so `sweep` drops it
 collect in a journal that holds a bucket at most once. So the journal never has more entries than there are buckets,
 even when nobody drains it.
 
-Anybody can invent keys, so the number of buckets is bounded (`room`). No live bucket is dropped to make room, because
+Anybody can invent keys, so the number of buckets is bounded (`places`). No live bucket is dropped to make room, because
 that would give its tokens back. Instead a new key gets no bucket: the caller takes from an overflow bucket that several
 keys share, and what peers send about the key is ignored. `sweep` makes room again.
 
@@ -21,7 +21,7 @@ from typing import Final
 from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.journal import Journal, is_nearly_used_up
 from ratelimit_sidecar.crdt.limit import AnyLimit, TokenBucketLimit, Window
-from ratelimit_sidecar.crdt.room import Room
+from ratelimit_sidecar.crdt.places import BucketPlaces
 from ratelimit_sidecar.crdt.token_bucket import Sealing, TokenBucket
 from ratelimit_sidecar.crdt.untracked_dict import SHARDS, UntrackedDict
 from ratelimit_sidecar.crdt.window import FixedWindow, SlidingWindow
@@ -65,7 +65,7 @@ class Store:
         origin: this replica.
         limit_of_key: called for keys that peers send.
         max_buckets: the most buckets at once; at least 1.
-        rule_key: see `Room`.
+        rule_key: see `BucketPlaces`.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Store:
     ) -> None:
         self.origin = origin
         self.limit_of_key = limit_of_key
-        self.room = Room(max_buckets, rule_key)
+        self.places = BucketPlaces(max_buckets, rule_key)
         self._buckets = UntrackedDict[Bucket]()
         self.journal = Journal()
         self._to_sweep: list[Bucket] = []
@@ -90,7 +90,8 @@ class Store:
         """How many times their horizon is halved, because they have too many."""
         self._slots_seen = 0
         self.evicted = 0
-        """Idle buckets dropped since start."""
+        """Idle buckets dropped since start. Plans keep their buckets while it is unchanged (`PlannedTake.evicted`), so
+        whatever takes a bucket out of the store counts here."""
         self.refused_keys = 0
         """How often since start a peer's delta was ignored because its key got no bucket."""
         self.full_since_us: int | None = None
@@ -135,7 +136,7 @@ class Store:
         """
         bucket = self._buckets.get(key)
         if bucket is None:
-            if not self.room.take(key, is_restored=self.journal.is_restoring):
+            if not self.places.take(key, is_restored=self.journal.is_restoring):
                 if self.full_since_us is None:
                     self.full_since_us = now_us
                 raise StoreFull
@@ -144,15 +145,6 @@ class Store:
         elif bucket.limit is not limit and bucket.limit != limit:
             bucket.set_limit(limit, now_us)
         return bucket
-
-    def merge(self, key: bytes, base: Base | None, entries: Sequence[Entry], now_us: int) -> int | None:
-        """See `join`.
-
-        Returns:
-            None when no replicated rule here has the key; then nothing was kept.
-        """
-        limit = self.limit_of_key(key)
-        return None if limit is None else self.join(key, limit, base, entries, now_us)
 
     def join(
         self,
@@ -171,7 +163,7 @@ class Store:
             limit: the limit that `limit_of_key` returns for the key.
             base: its deficit is scaled by the period of that limit.
             replicated: as for `bucket`.
-            sender: the origin that sent it, if its identity is certain. It may correct its own counts downwards.
+            sender: the origin that sent it, if it may lower its own counts: see `Bucket.lower_to_own_report`.
 
         Returns:
             The number of entries that were new.
@@ -184,7 +176,7 @@ class Store:
         if base is not None:
             bucket.merge_base(base, now_us)
         if sender is not None:
-            bucket.correct(sender, entries, now_us)
+            bucket.lower_to_own_report(sender, entries, now_us)
         return bucket.merge(entries, now_us)
 
     def restore(
@@ -276,11 +268,11 @@ class Store:
                 bucket.shorten(now_us, self.horizon_shift)
             if bucket.is_idle(now_us):
                 del self._buckets[bucket.key]
-                self.room.give_back(bucket.key)
+                self.places.give_back(bucket.key)
                 self.evicted += 1
             elif isinstance(bucket, TokenBucket):
                 self._slots_seen += bucket.slots
-        if self.room.is_ample:
+        if self.places.is_ample:
             self.full_since_us = None
         return looked
 

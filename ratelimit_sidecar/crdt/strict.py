@@ -13,8 +13,10 @@ room: it takes the tokens out of its level and counts them in R until the peer r
 than the peer may use them. The peer *wishes* for a ticket, and uses it only within `TICKET_US` of the wish; what it
 neither uses nor has room for, it returns.
 
-Safety depends on this file, `shares.py` and `homes.py`, and on callers that free room only once the stream is closed
-(`replication/payments.py`). `payment_policy.py` decides when and how much is asked for and paid.
+Safety depends on this file, `shares.py` and `homes.py`, and on callers. They free the room of an ask only once its
+stream is closed (`replication/payments.py`), and that of a ticket only when the peer reports that it is done with it or
+after `HOLD_US`, never because a stream is closed (`ledger.py`). They call `take_rest` after each `accept`
+(`waiting.py`). `payment_policy.py` decides when and how much is asked for and paid.
 
 A peer's stream is given here as its `stream_number`, this node's own (see `replication.payments.StreamPayments`).
 
@@ -79,18 +81,18 @@ class StrictBucket(Bucket):
         "_wanted",
         "_wanted_us",
         "aside",
-        "ceiling",
         "denied_us",
-        "held_back",
+        "envoys_amount",
+        "envoys_home",
         "home",
         "home_version",
         "is_active",
         "level",
+        "max_level",
         "refill",
         "reserved",
         "tickets",
         "wishes",
-        "withheld",
     )
 
     def __init__(
@@ -112,13 +114,14 @@ class StrictBucket(Bucket):
         self.is_active = False
         self.home = home
         self.home_version = 0 if homes is None else homes.version
-        """Number of the home's last change applied, counted by `homes` or by whoever sets the home: 0 none yet, -1 to
-        be set again."""
-        self.withheld = 0
-        """Not part of `home`: Envoys have token buckets with this amount."""
-        self.held_back = 0
-        """`withheld`, rescaled after a change of the capacity: the part of it whose refill Envoys have. Not part of
-        `home` either."""
+        """The number of the last change of homes that this purse has followed, by the count of `homes` or of whoever
+        sets its home. 0: it never had a home. -1: its limit has changed, so its home is to be set again
+        (`GrantedBucket`)."""
+        self.envoys_amount = 0
+        """The amount that token buckets of Envoys hold. Not part of `home`."""
+        self.envoys_home = 0
+        """The part of this replica's home whose refill Envoys have: `envoys_amount`, but rescaled when the capacity
+        changes. Not part of `home` either."""
         self.level = 0
         """L, in grains at `at_us`. Below 0 after denied hits that were charged."""
         self.reserved: dict[int, int] = {}
@@ -132,13 +135,15 @@ class StrictBucket(Bucket):
         self._lacking: dict[str, tuple[int, int]] = {}
         """By peer, a lower bound on how many grains its home lacked when it last paid us or was paid by us, and the
         time of that. So no peer is credited with more than it can have (`credit_of`)."""
-        self.ceiling, self.refill = scaled_home(limit, home)
-        """The home (H) in grains, and its refill in grains per microsecond."""
+        self.max_level, self.refill = scaled_home(limit, home)
+        """The most that level and reserved room may be together, in grains: the home (H), or the grant of a
+        `GrantedBucket`. And the home's refill in grains per microsecond."""
         self._wanted, self._wanted_us = 0, strict_us
+        """The tokens that requests asked for lately, in 2**-20 tokens, as of that time; see `demand`."""
         self._kept_until_us = 0
         """By then each limit that it has had would have refilled its home."""
         self.denied_us = NEVER_US
-        """Time of the last denial."""
+        """Time of the last denial, or of the last request that was put to wait."""
         self.advance(strict_us)
 
     @property
@@ -146,8 +151,8 @@ class StrictBucket(Bucket):
         return self._limit
 
     def would_admit(self, hits: int, strict_us: int) -> bool:
-        """See `Bucket.would_admit`. If it would be denied, it counts as demand, as in `take`, so that peers
-        are asked.
+        """See `Bucket.would_admit`. If it would be denied, it counts as demand and as a denial, as in `take`, so that
+        peers are asked; a `take` of the same request then counts as demand once more.
         """
         self.advance(strict_us)
         if self.has(hits):
@@ -191,9 +196,8 @@ class StrictBucket(Bucket):
         self._wanted = self._wanted * (DEMAND_US - elapsed_us) // DEMAND_US if elapsed_us < DEMAND_US else 0
         self._wanted_us = self.at_us
 
-    @property
     def demand(self) -> int:
-        """The amount per second that requests asked for lately, admitted or not."""
+        """The amount per second that requests asked for lately, admitted or not. Lets it decay up to `at_us`."""
         self._decay_demand()
         return self._wanted << 12
 
@@ -226,10 +230,10 @@ class StrictBucket(Bucket):
     @property
     def full_in_us(self) -> int:
         """Microseconds until this replica's home is full, reserved room not considered."""
-        return self._refilled_in_us(self.ceiling)
+        return self._refilled_in_us(self.max_level)
 
     def retry_after_us(self, hits: int) -> int:
-        return self._refilled_in_us(min(self.ceiling, (hits * self._limit.period_us) << 32))
+        return self._refilled_in_us(min(self.max_level, (hits * self._limit.period_us) << 32))
 
     def _refilled_in_us(self, level: int) -> int:
         return max(0, -(-(level - self.level) // self.refill)) if self.refill else NO_HOME_US
@@ -243,7 +247,7 @@ class StrictBucket(Bucket):
                 self.set_home(home, since_us)
         elapsed_us = strict_us - self.at_us
         if elapsed_us > 0:
-            top = self.ceiling - self.room_reserved if self.reserved or self.aside else self.ceiling
+            top = self.max_level - self.room_reserved if self.reserved or self.aside else self.max_level
             if self.level < top:
                 self.level = min(top, self.level + elapsed_us * self.refill)
             if self.level < 0:
@@ -260,9 +264,9 @@ class StrictBucket(Bucket):
         return (sum(self.reserved.values()) + self.aside) * self._limit.period_us
 
     @property
-    def room(self) -> int:
-        """The most grains that can be asked for."""
-        return self.ceiling - max(0, self.level) - self.room_reserved
+    def free_room(self) -> int:
+        """The grains of the home that are neither in the level nor reserved: the most that can be asked for."""
+        return self.max_level - max(0, self.level) - self.room_reserved
 
     def ask(self, stream_number: int, amount: int) -> None:
         """Reserve room for an ask. The caller sends it, and later calls `receive_payment` or `closed`.
@@ -272,7 +276,7 @@ class StrictBucket(Bucket):
             amount: more than 0, and no more than there is room for.
         """
         assert stream_number not in self.reserved
-        assert 0 < amount * self._limit.period_us <= self.room
+        assert 0 < amount * self._limit.period_us <= self.free_room
         self.reserved[stream_number] = amount
 
     def pay(self, peer: str, amount: int) -> int:
@@ -297,16 +301,16 @@ class StrictBucket(Bucket):
         credit, asked = self.credit_of(peer, max_home), self.reserved.pop(stream_number)
         grains = min(amount, asked) * self._limit.period_us
         # If the limit was lowered meanwhile, there may be less room than was reserved.
-        added = max(0, min(grains, self.room, credit))
+        added = max(0, min(grains, self.free_room, credit))
         self._lacking[peer] = scaled_home(self._limit, max_home)[0] - credit + added, self.at_us
         self.level += added
         return amount <= asked and grains <= credit
 
     def credit_of(self, peer: str, max_home: int) -> int:
         """The most grains that a peer with such a home can have at `at_us`."""
-        ceiling, refill = scaled_home(self._limit, max_home)
+        home_grains, refill = scaled_home(self._limit, max_home)
         lacking, at_us = self._lacking.get(peer, (0, 0))
-        return ceiling - max(0, lacking - (self.at_us - at_us) * refill)
+        return home_grains - max(0, lacking - (self.at_us - at_us) * refill)
 
     def set_aside(self, number: int, tokens: int) -> int:
         """Take up to so many whole tokens out of the level for a ticket, and reserve their room.
@@ -333,7 +337,7 @@ class StrictBucket(Bucket):
         self.aside -= amount
         returned = min(returned, amount)
         # If the limit was lowered meanwhile, there may be less room than was reserved.
-        self.level += max(0, min(returned * self._limit.period_us, self.room))
+        self.level += max(0, min(returned * self._limit.period_us, self.free_room))
         self._note_lacking(peer, returned - amount)
 
     def wish(self, number: int) -> None:
@@ -373,7 +377,7 @@ class StrictBucket(Bucket):
         Returns:
             The amount to give back to the peer.
         """
-        left = min(added, max(0, self.level - max(0, self.ceiling - self.room_reserved)))
+        left = min(added, max(0, self.level - max(0, self.max_level - self.room_reserved)))
         self.level -= left
         amount = left // self._limit.period_us
         self._note_lacking(peer, -amount)
@@ -390,7 +394,7 @@ class StrictBucket(Bucket):
         Args:
             amount: what it had; below 0 what it owed.
         """
-        top = max(self.level, self.ceiling - self.room_reserved)
+        top = max(self.level, self.max_level - self.room_reserved)
         self.level = max(self.floor, min(top, self.level + amount * self._limit.period_us))
 
     def closed(self, stream_number: int, strict_us: int) -> None:
@@ -405,34 +409,34 @@ class StrictBucket(Bucket):
         self._kept_until_us = max(self._kept_until_us, self.at_us + self.full_in_us)
         # Rounded down, so that a change adds no tokens.
         self.level = self.level * limit.period_us // self._limit.period_us
-        self.held_back = -(-self.held_back * max(1, limit.capacity) // max(1, self._limit.capacity))
+        self.envoys_home = -(-self.envoys_home * max(1, limit.capacity) // max(1, self._limit.capacity))
         self._limit = limit
         self._lacking.clear()
 
     def withhold(self, amount: int) -> None:
-        """Set `withheld` at `at_us`. More is withheld only if the bucket has as many tokens, which it gives up. The
-        caller must call `set_home` afterwards."""
-        more = amount - self.withheld
+        """Set `envoys_amount` at `at_us`. It rises only by tokens that the bucket has, which it gives up. The caller
+        must call `set_home` afterwards."""
+        more = amount - self.envoys_amount
         if more > 0:
             more = min(more, self.home, self.remaining << 32)
             self.level -= more * self._limit.period_us
-        self.withheld += more
+        self.envoys_amount += more
         # What tokens could not be had for may be some Envoy's until it reports.
-        self.held_back = max(self.withheld, min(self.held_back, amount))
+        self.envoys_home = max(self.envoys_amount, min(self.envoys_home, amount))
 
     def set_home(self, home: int, strict_us: int) -> None:
-        """Set another home from now on, withheld tokens included; the level is cut to it, and debt to its ceiling."""
+        """Set another home from now on, withheld tokens included; the level is cut to it, and debt to its floor."""
         self.advance(strict_us)
-        self.home = max(0, home - max(self.withheld, self.held_back))
-        self.ceiling, self.refill = scaled_home(self._limit, self.home)
-        self.level = max(self.floor, min(self.level, max(0, self.ceiling - self.room_reserved)))
+        self.home = max(0, home - max(self.envoys_amount, self.envoys_home))
+        self.max_level, self.refill = scaled_home(self._limit, self.home)
+        self.level = max(self.floor, min(self.level, max(0, self.max_level - self.room_reserved)))
 
     def is_idle(self, strict_us: int) -> bool:
         """True when it is full, no ask is open, no ticket set aside and nothing withheld: a new bucket would not have
         more, not even under a limit that it had before.
         """
         self.advance(strict_us)
-        is_full = self.level == self.ceiling and not self.reserved and not self.aside and not self.withheld
+        is_full = self.level == self.max_level and not self.reserved and not self.aside and not self.envoys_amount
         return is_full and self.at_us >= self._kept_until_us
 
     def fold(self, strict_us: int) -> int:

@@ -102,7 +102,7 @@ class TokenBucket(Bucket):
             self._peak = max(self._peak, deficit)
             self.deficit = deficit
             self._write_own(hits)
-            self._tell_early(limit, before, deficit)
+            self._mark_if_urgent(limit, before, deficit)
         return admitted
 
     def would_admit(self, hits: int, now_us: int) -> bool:
@@ -317,7 +317,7 @@ class TokenBucket(Bucket):
         for slot in self._slots():
             if slot >= boundary_us or slot_end_us(slot) > self.at_us:
                 return False
-        return self.at_us >= self._kept_until_us and (self._former is None or self.at_us >= self._former.full_at_us)
+        return self.at_us >= self._kept_until_us and (self._former is None or self.at_us >= self._former.repaid_at_us)
 
     def set_limit(self, limit: AnyLimit, now_us: int) -> None:
         """See `Bucket.set_limit`. Takes within the horizon still count, at the new rate. What was taken earlier, and a
@@ -334,14 +334,14 @@ class TokenBucket(Bucket):
         self._recount()
         if former is not None and limit.horizon_us > replaced.limit.horizon_us:
             self._owe(former)
-        if former is None or former.full_at_us < replaced.full_at_us:
+        if former is None or former.repaid_at_us < replaced.repaid_at_us:
             self._former = replaced
 
     def _owe(self, former: _Former) -> None:
         """Let no more be left than if the former limit, and its refill, had stayed. It is told to peers with the base,
         of which the largest counts: they owe the same."""
         limit = self._limit
-        drained_us = max(0, former.full_at_us - self.at_us)
+        drained_us = max(0, former.repaid_at_us - self.at_us)
         owed = min(-(-drained_us * former.limit.tokens * limit.period_us // former.limit.period_us), limit.debt_ceiling)
         if owed <= self.deficit:
             return
@@ -389,7 +389,7 @@ class TokenBucket(Bucket):
         if self._base_us > boundary_us:
             self._base_us, self._base_deficit = boundary_us, 0
         if self._former is not None:
-            self._former = self._former._replace(full_at_us=self._former.full_at_us + now_us - self.at_us)
+            self._former = self._former._replace(repaid_at_us=self._former.repaid_at_us + now_us - self.at_us)
         self.at_us = now_us
         self._close_own_slot()
         self._kept_until_us = 0
@@ -446,8 +446,8 @@ class _Former(NamedTuple):
     """A limit that was replaced."""
 
     limit: TokenBucketLimit
-    full_at_us: int
-    """When it would have refilled all that was taken under it."""
+    repaid_at_us: int
+    """When its refill would have repaid all that was taken under it."""
 
 
 class _Folded(NamedTuple):

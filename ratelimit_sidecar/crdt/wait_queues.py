@@ -105,7 +105,7 @@ class WaitQueues:
             while left and (first := queue.first) is not None and first.number < self._ends_below:
                 queue.leave(first, Outcome.ENDED, strict_us)
                 left -= 1
-            for peer, tokens in queue.wishes(peers, strict_us).items():
+            for peer, tokens in queue.make_wishes(peers, strict_us).items():
                 wishes.setdefault(peer, {})[queue.policy.bucket.key] = tokens
             if queue.is_over:
                 del self.by_key[queue.policy.bucket.key]

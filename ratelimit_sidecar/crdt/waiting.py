@@ -1,5 +1,5 @@
-"""Requests that wait for tokens of a strict bucket, and the tickets wished for on their behalf. Safety does not depend
-on this file: `strict.py` says what a ticket is.
+"""Requests that wait for tokens of a strict bucket, and the tickets wished for on their behalf; `strict.py` says what a
+ticket is. Of this file safety depends on `WaitQueue.accept` alone: it calls `take_rest` after each `accept`.
 
 A request that finds its bucket short may join the bucket's queue, if peers are believed to have as many tokens as all
 in the queue need. Each tick wishes for the tokens that are not wished for yet, from the peers that have most. Requests
@@ -191,8 +191,12 @@ class WaitQueue:
             served += 1
         return served
 
-    def wishes(self, peers: Iterable[str], strict_us: int) -> dict[str, int]:
-        """The whole tokens to wish for now, by peer."""
+    def make_wishes(self, peers: Iterable[str], strict_us: int) -> dict[str, int]:
+        """Wish for the tokens that are missing: note each wish, as by `note_wish`.
+
+        Returns:
+            The whole tokens wished for, by peer; the caller later calls `accept` or `give_up` for each.
+        """
         bucket = self.policy.bucket
         missing = self.hits - self._all_wished - bucket.remaining
         wishes: dict[str, int] = {}

@@ -71,11 +71,11 @@ class _Window(Bucket):
         return max(tokens, others) if slot & REFUND else tokens + others
 
     def _note_received(self, slot: int, held: int, tokens: int) -> None:
-        tokens_of = self._received_tokens
-        if not slot & REFUND or tokens_of is None:
+        by_slot = self._received_tokens
+        if not slot & REFUND or by_slot is None:
             super()._note_received(slot, held, tokens)
         elif tokens > held:
-            tokens_of[slot] = max(tokens_of.get(slot, 0), tokens)
+            by_slot[slot] = max(by_slot.get(slot, 0), tokens)
         else:
             # Another mark may be the highest now.
             self._received_tokens = None
@@ -115,7 +115,7 @@ class FixedWindow(_Window):
             self._write_own(hits)
             self._written_us = self.at_us
             before, self.count = self.count, count
-            self._tell_early(self._limit, before, count)
+            self._mark_if_urgent(self._limit, before, count)
         return count <= self._limit.requests
 
     def would_admit(self, hits: int, now_us: int) -> bool:
@@ -257,8 +257,8 @@ class FixedWindow(_Window):
 
     def _taken_and_refunded(self, slot: int) -> tuple[int, int]:
         """The tokens that all replicas took in a slot, and the highest refund mark."""
-        tokens_of = self._tokens_by_slot()
-        return tokens_of.get(slot, 0), tokens_of.get(slot | REFUND, 0)
+        by_slot = self._tokens_by_slot()
+        return by_slot.get(slot, 0), by_slot.get(slot | REFUND, 0)
 
     def _is_past(self, slot: int) -> bool:
         exponent = slot_exponent(slot)
@@ -310,7 +310,7 @@ class SlidingWindow(_Window):
             self._write_own(hits)
             if self.at_us < self._early_refunds_until_us:
                 self._recount()
-            self._tell_early(self._limit, before, self.count)
+            self._mark_if_urgent(self._limit, before, self.count)
         return admitted
 
     def would_admit(self, hits: int, now_us: int) -> bool:
@@ -472,10 +472,9 @@ class SlidingWindow(_Window):
 
     def _by_slot(self) -> dict[int, tuple[int, int]]:
         """By slot, the tokens that all replicas took, and the highest refund mark."""
-        tokens_of = self._tokens_by_slot()
+        by_slot = self._tokens_by_slot()
         return {
-            slot: (tokens_of.get(slot, 0), tokens_of.get(slot | REFUND, 0))
-            for slot in {slot & ~REFUND for slot in tokens_of}
+            slot: (by_slot.get(slot, 0), by_slot.get(slot | REFUND, 0)) for slot in {slot & ~REFUND for slot in by_slot}
         }
 
     def _leaves_us(self, slot: int) -> int:

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from ratelimit_sidecar.crdt.granted import DrawReply, DrawRequest, GrantedBucket, Needs
 from ratelimit_sidecar.crdt.limit import TokenBucketLimit
-from ratelimit_sidecar.crdt.room import Room
+from ratelimit_sidecar.crdt.places import BucketPlaces
 from ratelimit_sidecar.crdt.shares import TOKEN, home_of
 from ratelimit_sidecar.fabric.scripts import class_of
 from ratelimit_sidecar.fabric.status import DrawStatus
@@ -40,13 +40,13 @@ class AccountCalls:
 
     Args:
         region: this sidecar's, as a member of strict limits.
-        room: of its ledger. The shard may have as many accounts as it has buckets, or that part of them.
+        places: of its ledger. The shard may have as many accounts as it has buckets, or that part of them.
         shards: of the fabric.
     """
 
-    def __init__(self, region: str, status: DrawStatus, room: Room, shards: int = 1) -> None:
+    def __init__(self, region: str, status: DrawStatus, places: BucketPlaces, shards: int = 1) -> None:
         self._region = region
-        self._room = room
+        self._places = places
         self._shards = shards
         self._status = status
         self._caller = ""
@@ -82,7 +82,7 @@ class AccountCalls:
         self._number += 1
         arguments: list[bytes | str] = [
             *(secrets.token_hex(8), self._caller, str(self._number), str(self._answered)),
-            *(self._lineage, self._version, str(-(-self._room.max_buckets // self._shards))),
+            *(self._lineage, self._version, str(-(-self._places.max_buckets // self._shards))),
         ]
         for each in asked:
             limit, request, home = each.bucket.limit, each.request, each.bucket.home // TOKEN
@@ -90,7 +90,7 @@ class AccountCalls:
             was = f"{request.generation} {request.ends} {request.kept} {request.back}"
             needed = f"{request.wanted} {request.room} {request.spared}"
             key = each.bucket.key
-            arguments += [key, f"{home} {rate:.17g} {was} {needed} {class_of(self._room.rule_key(key))}"]
+            arguments += [key, f"{home} {rate:.17g} {was} {needed} {class_of(self._places.rule_key(key))}"]
         return arguments
 
     @property

@@ -15,7 +15,7 @@ spend, and said in this generation and the one before. Always `level + out + for
 spilled. A generation lasts `COUNTED_US`, so a grant is counted for one to two of them. Without an account it is full,
 as far as it can have been filled since `COUNTED_US` after the lineage began.
 
-**Room** is as in `crdt.room`: there are no further accounts for a class of rules (`scripts.class_of`) that has
+**Room** is as in `crdt.places`: there are no further accounts for a class of rules (`scripts.class_of`) that has
 `RULE_SHARE` times as many as are free. From what has no account nothing is drawn.
 
 Beside it, `{prefix}:fabric1:{TAG}:short` has the buckets of which less was drawn than was wanted, by the clock. The
@@ -38,7 +38,7 @@ from __future__ import annotations
 from typing import Final
 
 from ratelimit_sidecar.crdt.granted import COUNTED_US
-from ratelimit_sidecar.crdt.room import RULE_SHARE
+from ratelimit_sidecar.crdt.places import RULE_SHARE
 from ratelimit_sidecar.fabric.scripts import NUMBERS
 
 MOST_STEP_US: Final = 100_000

@@ -74,7 +74,7 @@ class Drawing:
         self._ledger = ledger
         self._strict_us = strict_us
         self._needs = needs
-        self._shards = [AccountCalls(region, self.status, ledger.room, len(keys.shards)) for _ in keys.shards]
+        self._shards = [AccountCalls(region, self.status, ledger.places, len(keys.shards)) for _ in keys.shards]
         self._back_off = BackOff(FIRST_WAIT_SECONDS, MAX_WAIT_SECONDS)
 
     async def run(self) -> None:

@@ -94,7 +94,7 @@ class RegionExchange:
 
     def _call(self, shard: Shard, keys: ShardKeys, told: Told, token: int) -> ScriptCall:
         names = [name for key in told for name in keys.of_bucket(key)]
-        places = self._keys.places(self._store.room.max_buckets)
+        places = self._keys.places(self._store.places.max_buckets)
         arguments: list[bytes | str] = [
             *(secrets.token_hex(8), str(token), keys.head, str(places), str(shard.since), str(MAX_ANSWERED)),
             *[text for text, _ in told.values()],

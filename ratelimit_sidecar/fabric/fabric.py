@@ -270,7 +270,7 @@ class Fabric:
     def _call(self, number: int, asks: Sequence[Ask]) -> ScriptCall:
         keys = self._keys.shards[number]
         names = [name for each in asks for name in keys.of_bucket(each.bucket.key)]
-        places = self._keys.places(self._store.room.max_buckets)
+        places = self._keys.places(self._store.places.max_buckets)
         return [keys.clock, keys.changed, keys.held, *names], [
             *(secrets.token_hex(8), self._life, keys.head, str(places)),
             *[each.text for each in asks],

@@ -210,9 +210,9 @@ class Gateway:
         if self._ledger is not None:
             member = RegionalMember(self._ledger, self._connect, self._keys, self._strict_us)
             origin = member.origin
-        room = self._store.room
-        most = ROOM_OF_SIDECARS * room.max_buckets
-        store = Store(origin, self._limit_of_key, max_buckets=most, rule_key=room.rule_key)
+        places = self._store.places
+        most = ROOM_OF_SIDECARS * places.max_buckets
+        store = Store(origin, self._limit_of_key, max_buckets=most, rule_key=places.rule_key)
         region = Region(self._region, store, self._keys)
         mesh = self._mesh_of(store, None if member is None else member.payments)
         mesh.read_news(region.note_news)

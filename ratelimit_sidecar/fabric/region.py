@@ -157,7 +157,7 @@ class Region:
             if bucket is not None:
                 counts = counts_of(bucket, self.origin, slots)
                 if counts or bucket.base_to_send is not None:
-                    room = room_for(bucket, self.store.room.rule_key)
+                    room = room_for(bucket, self.store.places.rule_key)
                     told[key] = gateway_text(bucket, room, counts, now_us, has_base=shard.is_known), slots
             await time_slice.rest_when_due()
         return told

@@ -48,7 +48,7 @@ class RegionalMember:
         self.origin = Origin(self._shares.node, secrets.randbelow(2**64 - 1) + 1)
         """The mesh's origin: a member of strict limits has one name, whichever sidecar is the gateway."""
         self._limits = ledger
-        most, rule_key = ledger.room.max_buckets, ledger.room.rule_key
+        most, rule_key = ledger.places.max_buckets, ledger.places.rule_key
         self._ledger = GatewayLedger(self._shares, self.origin, self._limit_of_key, max_buckets=most, rule_key=rule_key)
         self.payments = PaymentExchange(self._ledger, strict_us)
         self.drawing = Drawing(connect, keys, self._ledger, strict_us, region=self._shares.node, needs=gateway_needs)

@@ -29,8 +29,8 @@ does not matter if some of them still have another limit. `keep` has that span, 
 slots at which old ones are looked for.
 
 **Room.** Anybody can invent keys, so buckets and their slots have places, of which there are so many. As in
-`crdt.room`, the buckets of one class of rules have no more than a multiple of those that are free. Once half of all are
-taken, buckets that are full again make room for others, instead of being kept for late news.
+`crdt.places`, the buckets of one class of rules have no more than a multiple of those that are free. Once half of all
+are taken, buckets that are full again make room for others, instead of being kept for late news.
 
 A bucket that cannot be read costs that bucket only: its answer is `!` and the error.
 """
@@ -517,7 +517,7 @@ def class_of(rule: bytes) -> int:
     """The class of rules that share room.
 
     Args:
-        rule: from `Room.rule_key`.
+        rule: from `BucketPlaces.rule_key`.
     """
     return crc32(rule) % ROOM_CLASSES
 

@@ -311,7 +311,7 @@ class Sharing:
         if shared.is_refused:
             shared.is_refused, shared.waiting = False, None
         told, shared.waiting = shared.waiting, []
-        room = room_for(bucket, self._store.room.rule_key)
+        room = room_for(bucket, self._store.places.rule_key)
         is_quiet = not shared.has_news and told == []
         own = self._own_counts(bucket, told)
         return Ask(bucket, shared, told, share_text(bucket, room, own, shared.seen, now_us, is_quiet=is_quiet))

@@ -60,16 +60,16 @@ class Decorations:
         return rule is not None and (self._settings.all_limits or rule.retry_after or bool(rule.body))
 
     def add(
-        self, response: RateLimitResponse, plan: Plan, buckets: Sequence[Bucket | None], in_full: bool = False
+        self, response: RateLimitResponse, plan: Plan, buckets: Sequence[Bucket | None], all_headers: bool = False
     ) -> None:
         """Add all decorations to an answer.
 
         Args:
             buckets: one for each take, after the decision; None for one that is not limited.
-            in_full: True to treat all limits as wanted, and each rule as if it had `retry_after`.
+            all_headers: True to treat all limits as wanted, and each rule as if it had `retry_after`.
         """
         names = self._settings.response_headers
-        all_limits = self._settings.all_limits or in_full
+        all_limits = self._settings.all_limits or all_headers
         if names is not None:
             self._add_limit_headers(response, plan, names)
         if all_limits:
@@ -81,7 +81,11 @@ class Decorations:
                 response.raw_body = bodies[0].encode()
             longest = max(
                 # Waiting does not help with a limit of 0.
-                (denial for denial in denials if denial.rule.retry_after or (in_full and denial.bucket.limit.capacity)),
+                (
+                    denial
+                    for denial in denials
+                    if denial.rule.retry_after or (all_headers and denial.bucket.limit.capacity)
+                ),
                 key=lambda denial: denial.retry_after_us,
                 default=None,
             )

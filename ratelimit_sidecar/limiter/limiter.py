@@ -156,7 +156,7 @@ class Limiter:
         elif rules.has_strict:
             raise ValueError("a strict rule needs the members among whom its limit is shared")
 
-    def decide(self, request: bytes, now_us: int, in_full: bool = False) -> bytes:
+    def decide(self, request: bytes, now_us: int, all_headers: bool = False) -> bytes:
         """Answer one `envoy.service.ratelimit.v3.RateLimitRequest`.
 
         Every descriptor is decided on its own, as in envoyproxy/ratelimit: if one is over its limit, the others are
@@ -164,8 +164,8 @@ class Limiter:
 
         Args:
             now_us: wall clock in microseconds; not less than in the call before, unless the clock was set back.
-            in_full: True adds headers for all limits, and Retry-After to a denial, whatever settings and rules say. It
-                is for proxies that add no headers of their own.
+            all_headers: True adds headers for all limits, and Retry-After to a denial, whatever settings and rules
+                say. It is for proxies that add no headers of their own.
 
         Returns:
             A serialized RateLimitResponse, its statuses in the order of the descriptors.
@@ -175,9 +175,9 @@ class Limiter:
                 requests pass whose answer is an error.
         """
         plan = self.last_plan = self.plan(request)
-        return self._decide(plan, now_us, in_full)
+        return self._decide(plan, now_us, all_headers)
 
-    def decide_or_wait(self, request: bytes, now_us: int, in_full: bool = False) -> bytes | PendingDecision:
+    def decide_or_wait(self, request: bytes, now_us: int, all_headers: bool = False) -> bytes | PendingDecision:
         """As `decide`, but a request may wait if exactly one of its buckets is short, and that bucket's rule has
         `wait`.
 
@@ -186,12 +186,12 @@ class Limiter:
         """
         plan = self.last_plan = self.plan(request)
         if plan.may_wait and len(request) <= MAX_WAITING_BYTES:
-            waiting = self._wait(plan, request, now_us, in_full)
+            waiting = self._wait(plan, request, now_us, all_headers)
             if waiting is not None:
                 return waiting
-        return self._decide(plan, now_us, in_full)
+        return self._decide(plan, now_us, all_headers)
 
-    def _wait(self, plan: Plan, request: bytes, now_us: int, in_full: bool) -> PendingDecision | None:
+    def _wait(self, plan: Plan, request: bytes, now_us: int, all_headers: bool) -> PendingDecision | None:
         short: PlannedTake | None = None
         key = b""
         for take in plan.takes:
@@ -200,6 +200,7 @@ class Limiter:
                 continue
             at_us = self._time_of(compiled, now_us)
             bucket = self._bucket(take, compiled.limit, at_us)
+            # A short strict bucket notes the demand here, and again when the request is decided.
             if bucket.would_admit(take.hits, at_us):
                 continue
             if short is not None or not take.may_wait:
@@ -210,7 +211,7 @@ class Limiter:
         assert self.ledger is not None
 
         def decide(strict_us: int) -> bytes:
-            return self.decide(request, strict_us + self.clock_steps_us, in_full)
+            return self.decide(request, strict_us + self.clock_steps_us, all_headers)
 
         waiting = PendingDecision(short.hits, decide, short.compiled.wait_us)
         return waiting if self.ledger.wait(key, waiting, now_us - self.clock_steps_us) else None
@@ -219,7 +220,12 @@ class Limiter:
         """The time by the clock of the rule's buckets: that of strict ones never steps."""
         return now_us - self.clock_steps_us if compiled.is_strict else now_us
 
-    def _decide(self, plan: Plan, now_us: int, in_full: bool) -> bytes:
+    def _decide(self, plan: Plan, now_us: int, all_headers: bool) -> bytes:
+        """Take from each bucket and write the answer.
+
+        A request that is denied in an `all_or_nothing` domain `withholds`: its takes are only tried, except those that
+        are always charged.
+        """
         if plan.gives_back:
             self._give_back(plan, now_us)
         withholds = plan.all_or_nothing and self._is_denied(plan, now_us)
@@ -267,7 +273,7 @@ class Limiter:
         is_denied = _is_over(plan, over, quota_mode_over) and not self.settings.shadow_mode
         overall = OVERALL_OVER_LIMIT if is_denied else OVERALL_OK
         answer = overall + statuses
-        return self._decorated(answer, plan, buckets, in_full) if plan.is_decorated or in_full else answer
+        return self._decorated(answer, plan, buckets, all_headers) if plan.is_decorated or all_headers else answer
 
     def _give_back(self, plan: Plan, now_us: int) -> None:
         """Give tokens back before any are taken, whatever the order of the descriptors.
@@ -313,7 +319,7 @@ class Limiter:
         return bucket
 
     def _is_denied(self, plan: Plan, now_us: int) -> bool:
-        """Return whether `decide` would deny the request, without charging anything."""
+        """Return whether `decide` would deny the request, without charging anything; see `Bucket.would_admit`."""
         over = quota_mode_over = 0
         for take in plan.takes:
             compiled = take.compiled
@@ -327,9 +333,9 @@ class Limiter:
                     over += 1
         return _is_over(plan, over, quota_mode_over)
 
-    def _decorated(self, answer: bytes, plan: Plan, buckets: Sequence[Bucket | None], in_full: bool) -> bytes:
+    def _decorated(self, answer: bytes, plan: Plan, buckets: Sequence[Bucket | None], all_headers: bool) -> bytes:
         response = RateLimitResponse.FromString(answer)
-        self._decorations.add(response, plan, buckets, in_full)
+        self._decorations.add(response, plan, buckets, all_headers)
         raw: bytes = response.SerializeToString()
         return raw
 
@@ -366,6 +372,7 @@ class Limiter:
             bucket = self._bucket_of_key(take, take.bucket_key, limit, at_us)
         except StoreFull:
             return self._overflow_bucket(take, at_us)
+        # A ledger drops its buckets by itself, which `Store.evicted` does not count.
         if not take.compiled.is_strict:
             take.bucket, take.evicted, take.limit = bucket, self.store.evicted, bucket.limit
         return bucket

@@ -150,7 +150,7 @@ class RedisState:
         most_waiting: int = MAX_WAITING,
         back_off: BackOff | None = None,
     ) -> None:
-        self._waiting = WriteQueue(store.room.rule_key, most_waiting)
+        self._waiting = WriteQueue(store.places.rule_key, most_waiting)
         self._has_missed = False
         """Some change found no place in the queue."""
         self.status = RedisStatus(queue=self._waiting)

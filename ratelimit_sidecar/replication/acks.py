@@ -1,4 +1,5 @@
-"""The acknowledgements that one end of a stream owes. They ride on Deltas, and go out alone where there are none."""
+"""The acknowledgements that one end of a stream owes. They are piggybacked on Deltas, and go out alone where there are
+none."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ of its own costs either end as much as a small batch."""
 MAX_ACKS_OWED: Final = 8
 """So many Deltas are acknowledged at once: the peer may be waiting for it, to send more of a snapshot."""
 
-RIDING_US: Final = 2 * ACK_DELAY_US
+PIGGYBACK_US: Final = 2 * ACK_DELAY_US
 """An acknowledgement waits for Deltas only if this end has sent some within this time. Otherwise none may come soon."""
 
 
@@ -22,7 +23,7 @@ class OwedAcks:
     `is_due`, `take` the acknowledgement and send it."""
 
     def __init__(self) -> None:
-        self.may_ride = False
+        self.may_piggyback = False
         """True when both ends know of acknowledgements on Deltas."""
         self._owed = 0
         """Deltas applied that are not acknowledged."""
@@ -36,8 +37,8 @@ class OwedAcks:
         """All Deltas up to this one have been applied."""
         self._sequence, self._applied_us = sequence, now_us
         self._owed += 1
-        rides = self.may_ride and now_us - self._deltas_sent_us < RIDING_US
-        if not rides or self._owed >= MAX_ACKS_OWED:
+        is_piggybacked = self.may_piggyback and now_us - self._deltas_sent_us < PIGGYBACK_US
+        if not is_piggybacked or self._owed >= MAX_ACKS_OWED:
             self._due_us = now_us
         elif self._owed == 1:
             self._due_us = now_us + ACK_DELAY_US
@@ -54,6 +55,6 @@ class OwedAcks:
     def attach_to(self, head: pb.Deltas, now_us: int) -> None:
         """These Deltas are sent now; let them carry what is owed."""
         self._deltas_sent_us = now_us
-        if self._owed and self.may_ride:
+        if self._owed and self.may_piggyback:
             self._owed = 0
             head.acknowledged, head.ack_delay_ms = self._sequence, max(0, now_us - self._applied_us) // 1_000

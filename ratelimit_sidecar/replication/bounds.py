@@ -13,7 +13,7 @@ class MeshBounds:
     Args:
         connections: inbound, at once: one a stream, and as many more that have not said anything yet. Further ones are
             closed.
-        streams: inbound, at once; two from each of `connections.MAX_PEERS`.
+        streams: inbound, at once; two from each of `peers.MAX_PEERS`.
         handshake: from an inbound connection to its first HTTP/2 settings, TLS included; gRPC's default is two minutes.
         idle: an inbound connection without a stream is closed after this time: who dials opens one at once.
         connect: for a TCP or a TLS handshake over any distance, with one packet lost. A dial with TLS has two of each,

@@ -19,7 +19,7 @@ from ratelimit_sidecar.replication.key_ids import (
     MAX_KEY_WITH_ID_BYTES,
     KeyIdsGiven,
     KeyIdsReceived,
-    KeyRoom,
+    KeyMemory,
 )
 from ratelimit_sidecar.replication.pace import Pace, Steps
 from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
@@ -260,7 +260,7 @@ class DeltasReader:
         sender: the peer.
         is_proven: True when it is known to be the one that it says it is. Then its word outweighs what others have said
             of it; otherwise anybody could lower what it has taken.
-        room, address: see `KeyIdsReceived`.
+        key_memory, address: see `KeyIdsReceived`.
     """
 
     def __init__(
@@ -268,7 +268,7 @@ class DeltasReader:
         sender: Origin,
         *,
         is_proven: bool = False,
-        room: KeyRoom | None = None,
+        key_memory: KeyMemory | None = None,
         address: str = "",
     ) -> None:
         self._sender = sender
@@ -276,7 +276,7 @@ class DeltasReader:
         self.is_newest = True
         """False once the sender sends Deltas on a newer stream: what still comes on this one may be older, and corrects
         nothing."""
-        self._key_ids = KeyIdsReceived(KeyRoom() if room is None else room, address)
+        self._key_ids = KeyIdsReceived(KeyMemory() if key_memory is None else key_memory, address)
         self._limit_of_key: LimitOfKey | None = None
         self._limits: list[AnyLimit | Literal[False] | None] = []
         """By key id, under the rules of `_limit_of_key`: to find a key's rule takes as long as all else together. False

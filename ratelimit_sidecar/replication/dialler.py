@@ -161,7 +161,7 @@ class Dialler:
             _log.info("peer_address_gone", address=target.address, peer=target.node)
             self._dialling.pop(target).cancel()
             if not self.targets.leads_to(target.node):
-                self._replicator.known_peers.release(target.node)
+                self._replicator.peer_registry.release(target.node)
 
     async def _keep_dialled(self, target: Target) -> None:
         backoff = wait_random_exponential(multiplier=self._bounds.first_redial, max=self._bounds.most_redial)

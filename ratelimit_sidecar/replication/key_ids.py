@@ -63,7 +63,7 @@ class KeyIdsGiven:
         return key_id, True
 
 
-class KeyRoom:
+class KeyMemory:
     """Counts the memory that received ids and their keys take, of all streams of one node."""
 
     def __init__(self, most: int = MAX_HELD_BYTES) -> None:
@@ -90,12 +90,12 @@ class KeyIdsReceived:
     """The receiver's side. Call `close` when the stream is closed.
 
     Args:
-        room: what all streams of the node may hold together.
+        memory: of all streams of the node together.
         address: of the far end.
     """
 
-    def __init__(self, room: KeyRoom, address: str) -> None:
-        self._room = room
+    def __init__(self, memory: KeyMemory, address: str) -> None:
+        self._memory = memory
         self._address = address
         self._held = 0
         self._keys = [b""]
@@ -122,7 +122,7 @@ class KeyIdsReceived:
             more += new * KEY_ID_BYTES
         self._keys[key_id] = key
         self._held += more
-        if not self._room.take(self._address, more):
+        if not self._memory.take(self._address, more):
             raise ProtocolError(Reason.TOO_LARGE, "the keys with ids of this address take more than is free")
 
     def key(self, key_id: int) -> bytes:
@@ -138,6 +138,6 @@ class KeyIdsReceived:
 
     def close(self) -> None:
         """Forget them all."""
-        self._room.give_back(self._address, self._held)
+        self._memory.give_back(self._address, self._held)
         self._held = 0
         self._keys = [b""]

@@ -21,11 +21,11 @@ from ratelimit_sidecar.replication.bounds import DEFAULT_BOUNDS, MeshBounds
 from ratelimit_sidecar.replication.deltas import OnNews
 from ratelimit_sidecar.replication.demands import Demands
 from ratelimit_sidecar.replication.dialler import Dialler, RedialWait, redial_seconds
-from ratelimit_sidecar.replication.flushing import Flushing
 from ratelimit_sidecar.replication.listener import Listener
 from ratelimit_sidecar.replication.open_streams import OpenStreams
 from ratelimit_sidecar.replication.payments import PaymentExchange
 from ratelimit_sidecar.replication.peer import BatchTracer
+from ratelimit_sidecar.replication.periodic import Periodic
 from ratelimit_sidecar.replication.progress import Progress
 from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.resolver import Resolver
@@ -171,7 +171,7 @@ class Mesh:
             for peer in self._replicator.peers.values()
             if peer.streams or not peer.is_gateway or peer.region not in gateways.values()
         ]
-        since_us = self._replicator.known_peers.first_change_us
+        since_us = self._replicator.peer_registry.first_change_us
         lag_seconds = 0.0 if since_us is None else (now_us - since_us) / 1e6
         return peers + targets.statuses(lag_seconds, gateways)
 
@@ -205,7 +205,7 @@ class Mesh:
         kept: dict[str, Callable[[], Awaitable[None]]] = {
             "mesh_flush": self._flush_forever,
             # As often as a flush; nothing is urgent about it.
-            "mesh_compare": Flushing(self._compare, self._bounds.flush).run,
+            "mesh_compare": Periodic(self._compare, self._bounds.flush).run,
             "mesh_dial": self._dialler.run,
         }
         if self._listener is not None:
@@ -277,9 +277,9 @@ class Mesh:
         await self._progress.until(condition)
 
     async def _flush_forever(self) -> None:
-        flushing = Flushing(self._flush, self._bounds.flush)
-        self._replicator.store.journal.on_urgent = flushing.flush_soon
-        await flushing.run()
+        periodic = Periodic(self._flush, self._bounds.flush)
+        self._replicator.store.journal.on_urgent = periodic.call_soon
+        await periodic.run()
 
     async def _flush(self) -> None:
         if self._payments is not None:
@@ -297,7 +297,7 @@ class Mesh:
         await self._flush()
         with suppress(TimeoutError):
             async with asyncio.timeout(self._bounds.drain):
-                await self.until(self._replicator.is_settled)
+                await self.until(self._replicator.is_all_acknowledged)
         self._open_streams.close(Reason.DRAINING, "the sidecar is shutting down", self._now_us())
         with suppress(TimeoutError):
             async with asyncio.timeout(self._bounds.goodbye):

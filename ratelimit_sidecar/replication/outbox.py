@@ -78,8 +78,8 @@ class _Sources:
     """What the batches of one stream are taken from.
 
     Args:
-        overtaken_until: the newest segment at the time when the last batch was written that was not made of encoded
-            segments. That batch has newer counts than these may have.
+        overtaken_until: the newest segment of the log when a batch was last written for this peer alone (to catch up,
+            of the side log, or of a snapshot). That batch may have newer counts than encoded segments up to this one.
     """
 
     cursor: Cursor
@@ -116,7 +116,7 @@ class Outbox:
         """True when the peer, as the process `_peer`, has once acknowledged everything there was."""
         self._undelivered_since_us: int | None = None
         """The creation of the first own change that the peer cannot have received; None when there is none."""
-        self._missing_since_us = 0
+        self._peer_misses_since_us = 0
         """While there is no stream: since when the peer may miss something that this node knows."""
 
     @property
@@ -137,7 +137,7 @@ class Outbox:
         return 0 if self._sources is None else self._sources.cursor.pending
 
     @property
-    def is_settled(self) -> bool:
+    def is_all_acknowledged(self) -> bool:
         """True when everything there was has been acknowledged."""
         sources = self._sources
         is_told = sources is None or not (
@@ -151,7 +151,7 @@ class Outbox:
         if self._sources is None:
             return False
         snapshots = self._sources.snapshots
-        return snapshots.awaits_request or snapshots.missing_since_us is not None
+        return snapshots.awaits_request or snapshots.peer_misses_since_us is not None
 
     def lag_us(self, now_us: int) -> int:
         """The sync lag: the age of the oldest change not acknowledged (see `InFlight.lag_us`)."""
@@ -183,22 +183,22 @@ class Outbox:
         if self._sources is not None:
             self._sources.snapshots.begin(since_us)
 
-    def request(self, now_us: int, *, recent: bool) -> None:
-        """Send the snapshot that the peer has asked for: everything, or what is recent (see `Snapshots.request`)."""
+    def serve_request(self, now_us: int, *, recent: bool) -> None:
+        """Begin to send the snapshot that the peer has asked for (see `Snapshots.serve_request`)."""
         if self._sources is not None:
-            self._sources.snapshots.request(now_us, recent=recent)
+            self._sources.snapshots.serve_request(now_us, recent=recent)
 
-    def missed_since(self, since_us: int | None) -> None:
-        """Count what the peer was not sent yet as missed since then: it is one that should have been reached."""
+    def count_as_undelivered(self, since_us: int | None) -> None:
+        """Count what the peer was not sent yet as undelivered since then: it is one that should have been reached."""
         if not self._is_told_all:
             self._undelivered_since_us = earlier(self._undelivered_since_us, since_us)
 
-    def missed_changes(self, since_us: int) -> None:
+    def note_missed_by_peer(self, since_us: int) -> None:
         """Note that a peer without a stream has missed own changes since then."""
         if self._sources is not None:
             return
         # They may be older than the loss of the stream: a process that stood still had yet to flush them.
-        self._missing_since_us = min(self._missing_since_us, since_us)
+        self._peer_misses_since_us = min(self._peer_misses_since_us, since_us)
         if self._undelivered_since_us is None:
             self._undelivered_since_us = since_us
 
@@ -207,7 +207,7 @@ class Outbox:
 
         Args:
             compares: it speaks a protocol in which a snapshot may leave out what the peer was told on an earlier stream
-                or by others (see `request`), and keys have numbers.
+                or by others (see `serve_request`), and keys have numbers.
         """
         assert self._sources is None
         self._is_told_all = compares and self._is_told_all and self._peer == peer
@@ -219,20 +219,20 @@ class Outbox:
             Snapshots(self._store, self.log, peer, awaits_request=awaits_request),
         )
         if not awaits_request:
-            self.snapshot(self._missing_since_us - RESUME_MARGIN_US if self._is_told_all else 0)
+            self.snapshot(self._peer_misses_since_us - RESUME_MARGIN_US if self._is_told_all else 0)
 
     def close(self, now_us: int) -> None:
         """Note that the stream is gone, and that whatever was on its way may be lost."""
         assert self._sources is not None
         self._undelivered_since_us = oldest_us = self._oldest_unacknowledged_us()
         missing_us = now_us if oldest_us is None else oldest_us
-        untold_us = self._sources.snapshots.missing_since_us
+        untold_us = self._sources.snapshots.peer_misses_since_us
         if untold_us is not None:
             missing_us = min(missing_us, untold_us + RESUME_MARGIN_US)
         # What was relayed or repaired in these, of whatever age, is lost as well.
         begun_us = earlier(self._in_flight.begun_us, None if self._written is None else self._written.begun_us)
         begun_us = earlier(begun_us, None if self._draft is None else self._draft.begun_us)
-        self._missing_since_us = missing_us if begun_us is None else min(missing_us, begun_us)
+        self._peer_misses_since_us = missing_us if begun_us is None else min(missing_us, begun_us)
         self._sources.close()
         self._sources = self._draft = self._written = None
         self._steps = iter(())
@@ -243,7 +243,7 @@ class Outbox:
         assert self._sources is None
         self._is_told_all = False
         self._undelivered_since_us = None
-        self._missing_since_us = 0
+        self._peer_misses_since_us = 0
         self._in_flight.forget_times()
 
     def write(self, now_us: int) -> bool:

@@ -126,7 +126,7 @@ class PaymentExchange:
         self.ledger = ledger
         self.payments_sent = 0
         """Asks of peers answered with more than nothing."""
-        self.received = 0
+        self.payments_received = 0
         """Asks that peers have answered with more than nothing."""
         self.refused = 0
         """Asks and wishes of nodes that are no members, and payments of more than a peer can have."""
@@ -149,11 +149,11 @@ class PaymentExchange:
         return MembershipStatus(
             epoch=shares.membership.epoch,
             home_share=shares.home_fraction(strict_us),
-            settled=shares.is_settled and strict_us >= shares.from_us,
+            settled=shares.is_epoch_everywhere and strict_us >= shares.from_us,
             conflicts=tuple(shares.conflicts),
             buckets=len(self.ledger),
             payments_sent=self.payments_sent,
-            payments_received=self.received,
+            payments_received=self.payments_received,
         )
 
     def new_stream(self) -> StreamPayments:
@@ -170,7 +170,8 @@ class PaymentExchange:
         self.ledger.shares.is_id_taken = is_taken
 
     def tick(self, streams: Mapping[str, StreamPayments]) -> list[str]:
-        """Ask peers for tokens that are needed here; to be called every 20 ms.
+        """Ask peers for tokens that are needed here and wish for tickets, free the room of old tickets, serve requests
+        that wait, and end the waits that `WaitQueues.end_all` called off. To be called every 20 ms, without peers too.
 
         Args:
             streams: by peer that can be asked, the stream in use.
@@ -252,7 +253,7 @@ class PaymentExchange:
                 raise ProtocolError(Reason.UNEXPECTED, "a payment that answers no ask")
             received = Pay(pay.amount, pay.left)
             self.refused += not self.ledger.receive_payment(peer, stream.stream_number, pay.key, received, strict_us)
-            self.received += pay.amount > 0
+            self.payments_received += pay.amount > 0
         for ask in payments.asks:
             check_key(ask.key)
             if ask.key in stream.pays or len(stream.pays) >= MAX_OPEN:
@@ -261,7 +262,7 @@ class PaymentExchange:
             if self.ledger.shares.is_member(peer):
                 asked = Ask(ask.amount, ask.level, ask.demand, ask.is_short)
                 try:
-                    answer = self.ledger.answer(peer, ask.key, asked, strict_us)
+                    answer = self.ledger.pay(peer, ask.key, asked, strict_us)
                 except ValueError as error:
                     raise ProtocolError(Reason.BAD_KEY, str(error)) from error
             else:
@@ -284,6 +285,7 @@ class PaymentExchange:
             if asked is not None:
                 given = Ticket(min(ticket.tokens, asked.tokens), ticket.left)
                 returned = ledger.accept(_ticket_number(stream, ticket.number), asked, given, strict_us)
+            # Of a return too many nothing is said: then the peer keeps the ticket's room until `HOLD_US`.
             if ticket.tokens and len(stream.returns) < MAX_OPEN:
                 stream.returns.append(pb.Return(number=ticket.number, amount=min(returned, MAX_AMOUNT)))
         unknown_keys = 0
@@ -323,7 +325,8 @@ class PaymentExchange:
             raise ProtocolError(Reason.EXHAUSTED, f"{MAX_WISHES} wishes were made on this stream")
 
     def closed(self, stream: StreamPayments) -> None:
-        """Free the room of a stream's unanswered asks, and give up its wishes: it is closed at this end."""
+        """Free the room of a stream's unanswered asks, and give up its wishes: it is closed at this end. What was set
+        aside for the peer's wishes stays so: the peer may have used its ticket, or may yet get it."""
         self.ledger.closed(stream.stream_number, stream.unanswered_asks, self._strict_us())
         stream.unanswered_asks.clear()
         for number, wish in stream.unanswered_wishes.items():

@@ -20,7 +20,8 @@ from ratelimit_sidecar.replication.v1 import replication_pb2 as pb
 from ratelimit_sidecar.replication.wire import Reason
 
 TOLD_LATE_US: Final = 10_000_000
-"""What it tells was written so long ago at most, but for a snapshot: flushes may wait, and its clock may be behind."""
+"""How far back a peer is asked again for buckets that had no rule here: it tells of takes of this age at most, except
+in a snapshot. Its flushes may wait, and its clock may be behind."""
 
 
 class PeerStream(Protocol):
@@ -85,7 +86,7 @@ class PeerReports:
         request: which snapshot it asks for.
         is_full: it has no room for buckets of new keys.
         rules: a digest of those it replicates by; 0 while it has not reported it.
-        missed_since_us: it asks for what was written since then; 0 for nothing.
+        asks_since_us: it asks for what was written since then; 0 for nothing.
     """
 
     has_ended_snapshot: bool = False
@@ -94,7 +95,7 @@ class PeerReports:
     request: pb.SyncRequest = pb.UNDECIDED
     is_full: bool = False
     rules: int = 0
-    missed_since_us: int = 0
+    asks_since_us: int = 0
     clock_offset_us: int | None = None
 
 
@@ -121,8 +122,8 @@ class Peer:
         """Which snapshot this node asks it for."""
         self.unknown_since_us: int | None = None
         """Since when it has told of buckets that no rule here knows; None since the rules last changed."""
-        self.missed_since_us = 0
-        """It is asked for what was written since then, until it has sent it; 0 for nothing."""
+        self.ask_again_since_us = 0
+        """This node asks it again for what was written since then, until it has sent it; 0 for nothing."""
         self.is_skewed = False
         """True when the clock offset has been warned about."""
         self.last_error = ""
@@ -148,27 +149,27 @@ class Peer:
     def grant_request(self, now_us: int) -> None:
         """Begin to send the snapshot that it has asked for, if it has."""
         if self.reported.request != pb.UNDECIDED:
-            self.outbox.request(now_us, recent=self.reported.request == pb.RECENT)
+            self.outbox.serve_request(now_us, recent=self.reported.request == pb.RECENT)
 
     def note_unknown(self, now_us: int) -> None:
         """It has told of a bucket that no rule here knows."""
         # A snapshot may have what is of any age, and an answer what was written since it was asked for.
         since_us = max(1, now_us - TOLD_LATE_US) if self.reported.has_ended_snapshot else 1
-        if self.missed_since_us:
-            since_us = min(since_us, self.missed_since_us)
+        if self.ask_again_since_us:
+            since_us = min(since_us, self.ask_again_since_us)
         known_us = self.unknown_since_us
         self.unknown_since_us = since_us if known_us is None else min(known_us, since_us)
 
     def ask_for_unknown(self) -> None:
         """Other rules are in force: ask it for what no rule knew before, unless there was none."""
         if self.unknown_since_us is not None:
-            since_us = self.missed_since_us or self.unknown_since_us
-            self.missed_since_us, self.unknown_since_us = min(since_us, self.unknown_since_us), None
+            since_us = self.ask_again_since_us or self.unknown_since_us
+            self.ask_again_since_us, self.unknown_since_us = min(since_us, self.unknown_since_us), None
 
     def grant_missed(self, since_us: int) -> None:
         """Begin to send what was written since then, if it asks for that and has not before; 0 for nothing."""
-        if since_us != self.reported.missed_since_us:
-            self.reported.missed_since_us = since_us
+        if since_us != self.reported.asks_since_us:
+            self.reported.asks_since_us = since_us
             if since_us:
                 self.outbox.snapshot(since_us)
                 self.wake()

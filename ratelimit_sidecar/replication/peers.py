@@ -19,7 +19,7 @@ from ratelimit_sidecar.replication.session import Established
 from ratelimit_sidecar.replication.wire import ProtocolError, Reason
 
 MAX_PEERS: Final = 256
-"""That only dial in. A full mesh is for tens of sidecars; more nodes than this are a mistake, or an attack on the
+"""The most nodes that only dial in. A full mesh is for tens of sidecars; more nodes are a mistake, or an attack on the
 memory. A configured peer always has its place.
 """
 
@@ -83,7 +83,7 @@ class Peers:
             peer.address = stream.address
         if stream.is_dialled and not peer.is_configured:
             # One that nobody has configured misses nothing before it comes. One that is may have dialled in first.
-            peer.outbox.missed_since(self.first_change_us)
+            peer.outbox.count_as_undelivered(self.first_change_us)
         peer.is_configured |= stream.is_dialled
         peer.streams.append(stream)
         self._store.journal.peers.add(who.origin)

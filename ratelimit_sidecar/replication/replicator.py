@@ -19,7 +19,7 @@ from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.changes import MAX_BATCH_BUCKETS, ChangeLog
 from ratelimit_sidecar.replication.deltas import OnNews
 from ratelimit_sidecar.replication.demands import Demands
-from ratelimit_sidecar.replication.key_ids import KeyRoom
+from ratelimit_sidecar.replication.key_ids import KeyMemory
 from ratelimit_sidecar.replication.pace import Steps
 from ratelimit_sidecar.replication.payments import PaymentExchange
 from ratelimit_sidecar.replication.peer import BatchTracer, Peer, PeerStream
@@ -66,10 +66,11 @@ class Replicator:
         self.changes = ChangeLog(store, now_us)
         self.tracer = tracer
         self.payments = payments
-        self.known_peers = Peers(store, self.changes, payments, self._note_connected)
-        self.peers = self.known_peers.by_node
+        self.peer_registry = Peers(store, self.changes, payments, self._note_connected)
+        self.peers = self.peer_registry.by_node
+        """All of them, by node id."""
         self.sync = SyncRequests(self.peers, self.announce)
-        self.key_room = KeyRoom()
+        self.key_memory = KeyMemory()
         self.protocol_errors: Counter[str] = Counter()
         """Streams closed by this node, by reason, including those that never said whose they were."""
         self.unknown_keys = 0
@@ -87,34 +88,35 @@ class Replicator:
         self.summing = Summing(store, now_us)
 
     def flush_steps(self, now_us: int) -> Steps:
-        """Move this node's changes into the log, wake the streams that send them, and `_tend_steps`, in steps. To be
-        called at each flush."""
+        """Move this node's changes into the log and wake the streams that send them; then tick the payments, see what
+        must be relayed, and forget peers that have gone. In steps, to be called at each flush."""
         changes = self.changes
         end = changes.end
         self._send_urgent(URGENT_BUCKETS)
         for _ in changes.flush_steps(now_us, has_peers=any(peer.streams for peer in self.peers.values())):
             if changes.end > end:
-                self._tell_changes(end)
+                self._wake_for(end)
                 end = changes.end
             yield
             self._send_urgent(1)
         if changes.end > end:
-            self._tell_changes(end)
+            self._wake_for(end)
         for stream in self.streams():
             if stream.is_ack_due(now_us):
                 stream.wake()
         yield from self._tend_steps(now_us)
 
-    def _tell_changes(self, first: int) -> None:
-        """Wake the streams: there are further segments of changes, `first` and those after it."""
+    def _wake_for(self, first: int) -> None:
+        """Wake the streams for further segments of changes, `first` and those after it, and note what peers without a
+        stream miss of them."""
         segment = self.changes.get(first)
         created_us = self.changes.created_us if segment is None else segment.created_us
-        if self.known_peers.first_change_us is None:
-            self.known_peers.first_change_us = created_us
+        if self.peer_registry.first_change_us is None:
+            self.peer_registry.first_change_us = created_us
         for peer in self.peers.values():
             stream = peer.active
             if stream is None:
-                peer.outbox.missed_changes(created_us)
+                peer.outbox.note_missed_by_peer(created_us)
             elif not stream.is_paused:
                 stream.wake()
 
@@ -148,16 +150,15 @@ class Replicator:
             yield
 
     def _tend_steps(self, now_us: int) -> Steps:
-        """What comes with each flush: ask peers for what the ledger wants, see what must be relayed, and forget peers
-        that have gone."""
+        """What comes with each flush: tick the payments, see what must be relayed, and forget peers that have gone."""
         if self.payments is not None:
-            self._ask_for_tokens(self.payments)
+            self._tick_payments(self.payments)
         yield from self._check_topology_steps(now_us)
         is_full = self.store.full_since_us is not None
         if is_full != self._was_full:
             self._was_full = is_full
             self.announce()
-        self.known_peers.forget(now_us - PEER_FORGOTTEN_US)
+        self.peer_registry.forget(now_us - PEER_FORGOTTEN_US)
 
     def set_clock(self, origin: Origin, now_us: int) -> None:
         """The clock was set. To be called when no stream is left; what the buckets need is `Store.go_back`.
@@ -169,7 +170,7 @@ class Replicator:
         self.local = replace(self.local, origin=origin)
         self.changes.set_clock(now_us)
         self._topology_checked_us = now_us
-        self.known_peers.set_clock(now_us)
+        self.peer_registry.set_clock(now_us)
 
     def use_rules(self, digest: int) -> None:
         """Other rules are in force, of which peers are told the digest: nodes with other rules are not compared, since
@@ -201,7 +202,7 @@ class Replicator:
             full=self.store.full_since_us is not None,
             joined=self.sync.has_joined,
             sync_request=peer.own_request,
-            missed_since_us=peer.missed_since_us,
+            missed_since_us=peer.ask_again_since_us,
         )
 
     def note_topology_change(self) -> None:
@@ -251,9 +252,9 @@ class Replicator:
             self.pass_on(sender, bucket, entries)
         on_news(bucket, entries)
 
-    def is_settled(self) -> bool:
+    def is_all_acknowledged(self) -> bool:
         """True when every connected peer has acknowledged everything."""
-        return all(peer.outbox.is_settled for peer in self.peers.values() if peer.streams)
+        return all(peer.outbox.is_all_acknowledged for peer in self.peers.values() if peer.streams)
 
     def streams(self) -> Iterator[PeerStream]:
         """Every established stream."""
@@ -264,7 +265,7 @@ class Replicator:
         """The regions that connected peers speak for, by the peer's node id."""
         return {peer.node: peer.region for peer in self.peers.values() if peer.streams and peer.is_gateway}
 
-    def _ask_for_tokens(self, payments: PaymentExchange) -> None:
+    def _tick_payments(self, payments: PaymentExchange) -> None:
         streams = {
             peer.node: stream
             for peer in self.peers.values()

@@ -30,8 +30,8 @@ from ratelimit_sidecar.replication.wire import (
     COMPARING_PROTOCOL,
     MAX_DETAIL_CHARS,
     PAYING_PROTOCOL,
+    PIGGYBACK_PROTOCOL,
     PROTOCOL,
-    RIDING_PROTOCOL,
     WISHING_PROTOCOL,
     ProtocolError,
     Reason,
@@ -370,7 +370,7 @@ class Session:
         self.pays = membership is not None and self._local.membership is not None and hello.protocol >= PAYING_PROTOCOL
         self.wishes = self.pays and hello.protocol >= WISHING_PROTOCOL
         self.compares = hello.protocol >= COMPARING_PROTOCOL
-        self._acks.may_ride = hello.protocol >= RIDING_PROTOCOL
+        self._acks.may_piggyback = hello.protocol >= PIGGYBACK_PROTOCOL
         self.state = State.ESTABLISHED
         protocol = min(hello.protocol, PROTOCOL)
         version = hello.version[:MAX_DETAIL_CHARS]

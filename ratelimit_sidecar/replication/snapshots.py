@@ -47,11 +47,11 @@ class Snapshots:
         return self._left if self.is_owed else 0
 
     @property
-    def missing_since_us(self) -> int | None:
+    def peer_misses_since_us(self) -> int | None:
         """Since when the peer misses something, if the stream is lost now; None when all snapshots were applied."""
         return earlier(self._since_us, self._next_since_us)
 
-    def request(self, now_us: int, *, recent: bool) -> None:
+    def serve_request(self, now_us: int, *, recent: bool) -> None:
         """Begin the snapshot that the peer has asked for.
 
         Args:

@@ -71,14 +71,14 @@ class Inbound:
         self.peer = peer
         self._replicator = replicator
         self._session = session
-        self._reader = DeltasReader(origin, is_proven=is_proven, room=replicator.key_room, address=address)
+        self._reader = DeltasReader(origin, is_proven=is_proven, key_memory=replicator.key_memory, address=address)
         self._stream_payments = stream_payments
         self.exchange: Exchange | None = None
         """None once the stream is closed, and with a peer that cannot compare."""
         if session.compares:
             leads = replicator.local.origin.node < peer.node
             self.exchange = Exchange(replicator.summing, replicator.store, peer, leads=leads)
-        self._has_sent_deltas = self._is_over = False
+        self._peer_has_sent_deltas = self._is_over = False
         self._applying: BatchSpan | None = None
         """The span of the deltas that are being applied, when they belong to a trace."""
         self.batch_trace: dict[str, str] = {}
@@ -114,8 +114,8 @@ class Inbound:
 
     def _apply_steps(self, deltas: pb.Deltas, now_us: int) -> Steps:
         replicator, peer = self._replicator, self.peer
-        if not self._has_sent_deltas:
-            self._has_sent_deltas = True
+        if not self._peer_has_sent_deltas:
+            self._peer_has_sent_deltas = True
             peer.use_reader(self._reader)
         on_news = replicator.news_reader(peer)
         self.batch_trace = {"trace_id": deltas.trace[:16].hex()} if deltas.trace else {}
@@ -137,8 +137,8 @@ class Inbound:
         self._end_span()
         if deltas.ends_full_state:
             peer.reported.has_ended_snapshot = True
-            if peer.missed_since_us:
-                peer.missed_since_us = 0
+            if peer.ask_again_since_us:
+                peer.ask_again_since_us = 0
                 replicator.announce()
         self._session.acknowledge(now_us)
 
@@ -432,7 +432,7 @@ class Stream:
         replicator, origin = self._replicator, who.origin
         if self._check_peer is not None:
             self._check_peer(origin, who.region)
-        peer = self.peer = replicator.known_peers.find(self, replicator.local.origin, origin, now_us)
+        peer = self.peer = replicator.peer_registry.find(self, replicator.local.origin, origin, now_us)
         is_proven = self.is_dialled or self._is_proven
         address = self.address.rpartition(":")[0]
         self._inbound = Inbound(
@@ -446,7 +446,7 @@ class Stream:
         )
         if self.stream_payments is not None:
             self.stream_payments.has_tickets = self._session.wishes
-        replicator.known_peers.join(self, peer, who)
+        replicator.peer_registry.join(self, peer, who)
         if replicator.payments is not None:
             replicator.payments.receive_shown(peer.node, who.membership)
 
@@ -461,7 +461,7 @@ class Stream:
         if peer is not None:
             if peer.streams == [self]:
                 self._replicator.sync.lose(peer)
-            self._replicator.known_peers.leave(self, peer, why, now_us)
+            self._replicator.peer_registry.leave(self, peer, why, now_us)
         self.wake()
 
 

@@ -22,7 +22,7 @@ GRACE_US = 30_000_000
 """How long an address is kept after its name no longer has it."""
 
 MAX_ADDRESSES = 256
-"""The most addresses dialled of one name: as many as there can be peers (`connections.MAX_PEERS`)."""
+"""The most addresses dialled of one name: as many as nodes may dial in (`peers.MAX_PEERS`)."""
 
 
 @dataclass(slots=True, eq=False)

@@ -28,7 +28,7 @@ PAYING_PROTOCOL: Final = 4
 here. So between such a peer and this node nothing is paid, and each uses its own home.
 """
 
-RIDING_PROTOCOL: Final = 5
+PIGGYBACK_PROTOCOL: Final = 5
 """The oldest whose Deltas carry acknowledgements."""
 
 WISHING_PROTOCOL: Final = 6
@@ -43,7 +43,7 @@ MAX_NAME_BYTES: Final = 255
 """The longest name of a node or region: as long as a DNS name may be."""
 
 MAX_MEMBERS: Final = 256
-"""The most members: as many as a full mesh may have (`connections.MAX_PEERS`)."""
+"""The most members: as many as nodes may dial in (`peers.MAX_PEERS`)."""
 
 MAX_WEIGHT: Final = 1 << 32
 MAX_EPOCH: Final = 1 << 62

@@ -7,7 +7,7 @@ Theory of operation. `receive` takes bytes from the network and returns the even
 event (`events.py`) when its message is complete; until then it waits here. A streaming call is a `StreamStarted` event
 with its headers, then `StreamData` events with its body, and `StreamCancelled` if the client gives up. Requests that
 are no proper calls are answered here. The caller answers calls with `answer` or `refuse`, sends the bytes that `output`
-returns, then handles the events of `late` and closes the transport if `closed` is true. It also calls `check` regularly
+returns, then handles `events_of_output` and closes the transport if `closed` is true. It also calls `check` regularly
 with the time, which ends calls and connections that take too long.
 
 Flow control: a message's bytes are acknowledged to the client when they are taken out. So the windows bound what waits
@@ -141,7 +141,7 @@ class Connection:
         """Requests answered before they were complete; their streams are still to be reset."""
         self._half_closed: dict[int, tuple[Request, float]] = {}
         """Streaming calls that ended before the client had sent everything, and since when."""
-        self._late: list[Event] = []
+        self._events_of_output: list[Event] = []
         """Events that arose while output was produced."""
         self._goaway: bytes | None = None
         """The last frame of a connection whose session has failed."""
@@ -346,7 +346,7 @@ class Connection:
             self._session.consume(call.request, came)
 
     def _hold(self, call: Call, count: int) -> None:
-        """Count memory for a waiting call; refuse the call if that is too much."""
+        """Count memory for an incomplete call; refuse the call if that is too much."""
         if self._budget.allows(self._held + count, count):
             call.held += count
             self._count(count)
@@ -360,7 +360,7 @@ class Connection:
         self._budget.count(count)
 
     def _drop(self, call: Call) -> None:
-        """Forget a waiting call."""
+        """Forget an incomplete call."""
         call.request.is_wanted = False
         call.request.take_body()
         del self._incomplete[call.request.stream_id]
@@ -385,8 +385,8 @@ class Connection:
 
     # Answering. When the stream or the connection has ended meanwhile, nothing happens.
 
-    def keep(self, call: Call) -> bool:
-        """Keep a complete call to be answered later; `StreamCancelled` says if the client gives up before.
+    def defer(self, call: Call) -> bool:
+        """Keep a complete call, to be answered later; `StreamCancelled` says if the client gives up before.
 
         Returns:
             False if it must be answered now: the calls of the connection, or of all, hold too much memory.
@@ -484,7 +484,7 @@ class Connection:
     # Sending, and the end
 
     def output(self) -> bytes:
-        """Return the bytes to send now. Handle `late` and look at `closed` after that."""
+        """Return the bytes to send now. Handle `events_of_output` and look at `closed` after that."""
         if self._goaway is not None:
             goaway, self._goaway = self._goaway, b""
             return goaway
@@ -498,7 +498,7 @@ class Connection:
             self._fail(broken.code)
             return self.output()
         for request in session.late():
-            self._go_on(request, self._late)
+            self._go_on(request, self._events_of_output)
         if not self.closed and session.is_over:
             self._note_end()
         if (session.finished or session.unsent or self._untaken) and not self._count_untaken():
@@ -519,11 +519,11 @@ class Connection:
         self._count(more)
         return has_room or self.closed
 
-    def late(self) -> list[Event]:
+    def events_of_output(self) -> list[Event]:
         """Events that arose while output was produced; call it after `output`."""
-        events = self._late
+        events = self._events_of_output
         if events:
-            self._late = []
+            self._events_of_output = []
         return events
 
     def _send_what_follows(self) -> None:

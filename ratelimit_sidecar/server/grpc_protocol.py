@@ -388,7 +388,7 @@ class GrpcProtocol:
         try:
             response = call.handler(call.message, call.request) if waiting is None else waiting.result()
             if isinstance(response, PendingDecision):
-                if self._connection.keep(call):
+                if self._connection.defer(call):
                     self._wait(call, response)
                     return
                 response.end_now()
@@ -404,9 +404,9 @@ class GrpcProtocol:
         # The handler keeps the message itself.
         call.message = b""
         self._waiting[call.request.stream_id] = waiting
-        waiting.on_end = partial(self._answer_late, call, waiting)
+        waiting.on_end = partial(self._answer_deferred, call, waiting)
 
-    def _answer_late(self, call: Call, waiting: PendingDecision) -> None:
+    def _answer_deferred(self, call: Call, waiting: PendingDecision) -> None:
         del self._waiting[call.request.stream_id]
         self._answer(call, waiting)
         self._flush()
@@ -462,12 +462,12 @@ class GrpcProtocol:
             self._close()
             return
         if self._streaming or self._waiting:
-            late = connection.late()
+            events = connection.events_of_output()
             if self._next_event < len(self._events):
                 # Handle them after the earlier events.
-                self._events.extend(late)
+                self._events.extend(events)
             else:
-                for event in late:
+                for event in events:
                     self._handle(event)
         if self._blocked:
             for call in self._blocked:

@@ -1,7 +1,7 @@
 """The second front end: the same handlers on grpc.aio, whose C core does HTTP/2 and gRPC; messages stay bytes.
 
-It is several times slower than h2, but well known: to compare with, and to fall back on. Unlike h2, it accepts
-compressed requests.
+It is several times slower than the default front end (`grpc_front_end.py`), but well known: to compare with, and to
+fall back on. Unlike the default, it accepts compressed requests.
 """
 
 from __future__ import annotations

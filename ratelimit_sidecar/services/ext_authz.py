@@ -124,7 +124,7 @@ class ExtAuthzService:
         if request is None:
             self.unlimited["no_descriptor"] += 1
             return _OK
-        return self._rate_limit.should_rate_limit(request, metadata, in_full=True)
+        return self._rate_limit.should_rate_limit(request, metadata, all_headers=True)
 
 
 def http_request(check: bytes) -> HttpRequest:

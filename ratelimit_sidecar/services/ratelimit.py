@@ -93,14 +93,16 @@ class RateLimitService:
         """Stop refusing calls: rules are loaded."""
         self._waits_for_rules = False
 
-    def should_rate_limit(self, request: bytes, metadata: Metadata, in_full: bool = False) -> bytes | PendingDecision:
+    def should_rate_limit(
+        self, request: bytes, metadata: Metadata, all_headers: bool = False
+    ) -> bytes | PendingDecision:
         """Answer a serialized RateLimitRequest with a serialized RateLimitResponse, perhaps later.
 
         Other services that ask the same question call it, too.
 
         Args:
             metadata: of the call that led to it, in which a trace may be named.
-            in_full: see `Limiter.decide`.
+            all_headers: see `Limiter.decide`.
 
         Raises:
             RpcError: INVALID_ARGUMENT for what `Limiter.decide` calls invalid, UNAVAILABLE while there are no rules.
@@ -111,9 +113,9 @@ class RateLimitService:
         started_ns = _perf_counter_ns()
         try:
             if self._waits is None:
-                response: bytes | PendingDecision = self._limiter.decide(request, self._now_us(), in_full)
+                response: bytes | PendingDecision = self._limiter.decide(request, self._now_us(), all_headers)
             else:
-                response = self._limiter.decide_or_wait(request, self._now_us(), in_full)
+                response = self._limiter.decide_or_wait(request, self._now_us(), all_headers)
         except InvalidRequest as error:
             self.errors["invalid"] += 1
             raise RpcError(Code.INVALID_ARGUMENT, str(error)) from error

@@ -524,7 +524,7 @@ METRICS: tuple[Definition, ...] = (
         "gauge",
         ("region",),
         "The most buckets at once (max_buckets); a rule flooded with new keys gets 8/9 of them.",
-        lambda at: [("", (at.sources.region,), at.sources.limiter.store.room.max_buckets)],
+        lambda at: [("", (at.sources.region,), at.sources.limiter.store.places.max_buckets)],
     ),
     Definition(
         "crdt_slots",

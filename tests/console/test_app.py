@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 import pytest
 from console.small_console import Console
+from joined import join
 from observed import NOW_US, TWO_A_MINUTE, membership, request, small_limiter, small_rules, strict_limiter
 from prometheus_client import CollectorRegistry
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
@@ -180,7 +181,7 @@ async def test_debt_to_other_replicas_is_shown() -> None:
     console.limiter.decide(raw, NOW_US)
     key = console.limiter.plan(raw).takes[0].bucket_key
     slot = slot_id(NOW_US, TWO_A_MINUTE.exponent)
-    console.limiter.store.merge(key, None, [Entry(Origin("eu-1", 7), slot, 1)], NOW_US)
+    join(console.limiter.store, key, None, [Entry(Origin("eu-1", 7), slot, 1)], NOW_US)
     [bucket] = await console.buckets()
     assert bucket["debt"] == 1
     assert bucket["remaining"] == 0

@@ -163,7 +163,7 @@ class StrictCluster:
     def _begin_home(self, replica: Replica) -> None:
         if self.replicas.get(replica.node) is replica:
             self._set_home(replica)
-            if replica.node in self._kept and replica.bucket.ceiling:
+            if replica.node in self._kept and replica.bucket.max_level:
                 kept = self._kept[replica.node] if self.keeps_twice else self._kept.pop(replica.node)
                 replica.bucket.restore(kept)
 
@@ -252,7 +252,7 @@ class StrictCluster:
             return
         bucket, end = replica.bucket, self.random.choice(replica.ends[peer])
         bucket.advance(self.clock_us(replica))
-        amount = int(bucket.room * part) // bucket.limit.period_us
+        amount = int(bucket.free_room * part) // bucket.limit.period_us
         if end not in bucket.reserved and amount > 0:
             bucket.ask(end, amount)
             self._send(end, lambda: self._asked_for_any(peer, node, end, amount))
@@ -314,7 +314,7 @@ class StrictCluster:
         payer = self._at(wish.peer, end ^ 1)
         if payer is None:
             return
-        ticket = payer.policy.ticket(number, wish.tokens, self.clock_us(payer))
+        ticket = payer.policy.set_aside(number, wish.tokens, self.clock_us(payer))
         self.tickets += ticket.tokens > 0
         self._given.append((payer, end ^ 1, number, node))
         self.at(self._true_us(self.hold_us, payer), lambda: self._release(payer, number, node, 0))
@@ -358,7 +358,7 @@ class StrictCluster:
                 bucket = replica.bucket
                 assert bucket.level >= (bucket.floor if self.charges else 0)
                 assert bucket.aside == sum(bucket.tickets.values())
-                assert bucket.level + bucket.room_reserved <= bucket.ceiling or bucket.level <= 0
+                assert bucket.level + bucket.room_reserved <= bucket.max_level or bucket.level <= 0
         assert self.worst <= 0
 
     def _tick(self, node: str) -> None:
@@ -368,16 +368,16 @@ class StrictCluster:
             return
         weights = replica.shares.membership.weights
         ends = {peer: ends[0] for peer, ends in replica.ends.items() if ends and peer in weights}
-        for peer, ask in replica.policy.asks(ends, self.clock_us(replica)).items():
+        for peer, ask in replica.policy.make_asks(ends, self.clock_us(replica)).items():
             self._send(ends[peer], lambda peer=peer, ask=ask: self._asked(peer, node, ends[peer], ask))
         replica.queue.serve(self.clock_us(replica), 10)
-        for peer, tokens in replica.queue.wishes(list(ends), self.clock_us(replica)).items():
+        for peer, tokens in replica.queue.make_wishes(list(ends), self.clock_us(replica)).items():
             self._wish(replica, ends[peer], peer, tokens)
 
     def _asked(self, node: str, peer: str, end: int, ask: object) -> None:
         replica = self._at(node, end ^ 1)
         if replica is not None:
-            pay = replica.policy.answer(peer, ask, self.clock_us(replica))  # type: ignore[arg-type]
+            pay = replica.policy.pay(peer, ask, self.clock_us(replica))  # type: ignore[arg-type]
             self._pay(node, peer, end, pay)
 
     def _asked_for_any(self, node: str, peer: str, end: int, amount: int) -> None:
@@ -466,7 +466,7 @@ class NoReservation(StrictBucket):
 
     def receive_payment(self, stream_number: int, peer: str, amount: int, most: int) -> bool:
         del self.reserved[stream_number]
-        self.level = min(self.ceiling, self.level + amount * self.limit.period_us)
+        self.level = min(self.max_level, self.level + amount * self.limit.period_us)
         return True
 
 

@@ -19,6 +19,7 @@ from crdt.model import deficit_by_formula
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from joined import join
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.limit import AnyLimit, TokenBucketLimit, Window, WindowLimit
@@ -161,7 +162,7 @@ class Cluster(RuleBasedStateMachine):
         if frozenset((message.to, message.sender)) in self.cut:
             return
         replica, now_us = self.replica(message.to)
-        replica.store.merge(KEY, None, message.entries, now_us)
+        join(replica.store, KEY, None, message.entries, now_us)
         if not again:
             del self.messages[index]
 
@@ -215,14 +216,14 @@ class Cluster(RuleBasedStateMachine):
             replica.limit = self.replicas[0].limit
             replica.bucket(now_us)
         for message in self.messages:
-            self.replicas[message.to].store.merge(KEY, None, message.entries, now_us)
+            join(self.replicas[message.to].store, KEY, None, message.entries, now_us)
         self.messages.clear()
         for replica in self.replicas:
             self.drain(replica)
         for _ in range(4):
             before = [(replica.bucket(now_us).base, replica.bucket(now_us).taken) for replica in self.replicas]
             for one, other in permutations(self.replicas, 2):
-                other.store.merge(KEY, *one.has_ended_snapshot(now_us), now_us)
+                join(other.store, KEY, *one.has_ended_snapshot(now_us), now_us)
             if before == [(replica.bucket(now_us).base, replica.bucket(now_us).taken) for replica in self.replicas]:
                 break
         else:

@@ -80,10 +80,10 @@ def test_a_payment_after_the_grant_has_ended_does_not_count() -> None:
 def test_what_another_member_asks_for_is_drawn_and_then_paid() -> None:
     ledger = gateway()
     ask = Ask(10 * TOKEN, 0, 100 * TOKEN, is_short=True)
-    assert ledger.answer("west", KEY, ask, NOW_US) == Pay(0, 0)
+    assert ledger.pay("west", KEY, ask, NOW_US) == Pay(0, 0)
     answered(ledger, NOW_US, left=40)
     assert answered(ledger, NOW_US, tokens=10, left=30).wanted == 10
-    pay = ledger.answer("west", KEY, ask, NOW_US)
+    pay = ledger.pay("west", KEY, ask, NOW_US)
     assert pay is not None
     assert pay.amount == 10 * TOKEN
     assert pay.left > 0
@@ -93,10 +93,10 @@ def test_what_another_member_asks_for_is_drawn_and_then_paid() -> None:
 def test_what_was_drawn_for_others_is_not_paid_once_its_grant_has_ended() -> None:
     ledger = gateway()
     ask = Ask(10 * TOKEN, 0, 100 * TOKEN, is_short=True)
-    ledger.answer("west", KEY, ask, NOW_US)
+    ledger.pay("west", KEY, ask, NOW_US)
     answered(ledger, NOW_US, left=40)
     answered(ledger, NOW_US, tokens=10, left=30)
-    pay = ledger.answer("west", KEY, ask, NOW_US + GRANT_US)
+    pay = ledger.pay("west", KEY, ask, NOW_US + GRANT_US)
     assert pay is not None
     assert pay.amount == 0
 
@@ -104,18 +104,18 @@ def test_what_was_drawn_for_others_is_not_paid_once_its_grant_has_ended() -> Non
 def test_one_that_is_short_itself_pays_nothing_and_keeps_nothing() -> None:
     ledger = gateway()
     ask = Ask(10 * TOKEN, 0, 100 * TOKEN, is_short=True)
-    ledger.answer("west", KEY, ask, NOW_US)
+    ledger.pay("west", KEY, ask, NOW_US)
     answered(ledger, NOW_US, left=40)
     answered(ledger, NOW_US, tokens=10, left=30)
     ledger.note_short(KEY, NOW_US, 50_000)
-    assert ledger.answer("west", KEY, ask, NOW_US) == Pay(0, 0)
+    assert ledger.pay("west", KEY, ask, NOW_US) == Pay(0, 0)
     assert bucket_of(ledger).draw(Needs(0, 0)).back == 10
 
 
 def test_when_nobody_asks_any_more_all_goes_back() -> None:
     ledger = gateway()
     ask = Ask(10 * TOKEN, 0, 100 * TOKEN, is_short=True)
-    ledger.answer("west", KEY, ask, NOW_US)
+    ledger.pay("west", KEY, ask, NOW_US)
     answered(ledger, NOW_US, left=40)
     answered(ledger, NOW_US, tokens=10, left=30)
     later_us = NOW_US + SHORTAGE_US

@@ -152,7 +152,7 @@ def test_a_bucket_that_is_short_asks_and_uses_what_it_is_paid() -> None:
     assert bucket.take(50, NOW_US)
     assert not bucket.take(30, NOW_US)
     ask = here.tick(ENDS, NOW_US, max_buckets=10, longest_key=100)["b"][b"k"]
-    pay = there.answer("a", b"k", ask, NOW_US)
+    pay = there.pay("a", b"k", ask, NOW_US)
     assert pay is not None
     assert here.receive_payment("b", 7, b"k", pay, NOW_US)
     assert bucket.take(30, NOW_US)
@@ -212,8 +212,8 @@ def test_a_payment_of_more_than_the_peer_can_have_is_told() -> None:
 
 def test_nobody_is_paid_of_a_key_without_a_strict_token_bucket_here() -> None:
     ledger = make_ledger()
-    assert ledger.answer("b", b"unknown", ask_for(1), NOW_US) is None
-    assert ledger.answer("b", b"window", ask_for(1), NOW_US) is None
+    assert ledger.pay("b", b"unknown", ask_for(1), NOW_US) is None
+    assert ledger.pay("b", b"window", ask_for(1), NOW_US) is None
     assert len(ledger) == 0
 
 
@@ -275,7 +275,7 @@ def test_a_full_ledger_has_no_room_for_new_keys_and_pays_nothing_of_them() -> No
     ledger.bucket(b"k", LIMIT, NOW_US).take(1, NOW_US)
     with pytest.raises(StoreFull):
         ledger.bucket(b"other", LIMIT, NOW_US)
-    assert ledger.answer("b", b"other", ask_for(1), NOW_US) is None
+    assert ledger.pay("b", b"other", ask_for(1), NOW_US) is None
     assert ledger.bucket(b"rule", LIMIT, NOW_US).take(1, NOW_US)
     assert ledger.bucket(b"k", LIMIT, NOW_US).take(1, NOW_US)
 
@@ -288,7 +288,7 @@ def test_what_is_withheld_is_neither_the_buckets_nor_a_peers_and_comes_back_with
     assert ledger.withhold(b"k", LIMIT, 50 * TOKEN, NOW_US) == 30 * TOKEN
     assert bucket.remaining == 0
     assert bucket.home == 50 * TOKEN - 30 * TOKEN
-    assert ledger.answer("b", b"k", ask_for(50), NOW_US) == Pay(0, 0)
+    assert ledger.pay("b", b"k", ask_for(50), NOW_US) == Pay(0, 0)
     bucket.advance(NOW_US + 10_000_000)
     assert bucket.remaining == 20
     assert ledger.withhold(b"k", LIMIT, 0, NOW_US + 10_000_000) == 0
@@ -301,7 +301,7 @@ def test_when_a_reload_raises_the_burst_the_bucket_does_not_refill_by_the_rate_t
     assert ledger.withhold(b"k", LIMIT, 30 * TOKEN, NOW_US) == 30 * TOKEN
     # Envoys have 30 of its 50 a second, whatever the burst.
     bucket = ledger.bucket(b"k", larger, NOW_US)
-    assert (bucket.withheld, bucket.home) == (30 * TOKEN, 80 * TOKEN)
+    assert (bucket.envoys_amount, bucket.home) == (30 * TOKEN, 80 * TOKEN)
     bucket.advance(NOW_US + 110_000)
     assert bucket.remaining == 20 + 2
     # The first to report may get no more: there are too few tokens. Others go on as before, with 20 a second in all.
@@ -322,7 +322,7 @@ def test_reloads_to_and_fro_leave_as_much_withheld_as_before() -> None:
 def test_what_was_paid_away_is_not_withheld() -> None:
     ledger = make_ledger()
     ledger.bucket(b"k", LIMIT, NOW_US)
-    pay = ledger.answer("b", b"k", ask_for(40), NOW_US)
+    pay = ledger.pay("b", b"k", ask_for(40), NOW_US)
     assert pay is not None
     assert pay.amount >= 1 << 32
     assert ledger.withhold(b"k", LIMIT, 50 * TOKEN, NOW_US) <= 50 * TOKEN - pay.amount
@@ -366,7 +366,7 @@ def test_what_is_withheld_held_and_paid_is_never_more_than_the_limit(seed: int, 
                 sender, receiver, sent = on_the_way.pop(0)
                 if isinstance(sent, Pay):
                     assert ledgers[receiver].receive_payment(sender, ends[receiver], b"k", sent, now_us)
-                elif (pay := ledgers[receiver].answer(sender, b"k", sent, now_us)) is not None:
+                elif (pay := ledgers[receiver].pay(sender, b"k", sent, now_us)) is not None:
                     on_the_way.append((receiver, sender, pay))
                     paid += pay.amount
         buckets = [each.bucket(b"k", limit, now_us) for each in ledgers.values()]
@@ -374,7 +374,7 @@ def test_what_is_withheld_held_and_paid_is_never_more_than_the_limit(seed: int, 
         now = sum(max(0, each.level) for each in buckets) + sum(held.values()) + alive
         assert now <= min(limit.ceiling << 32, before + (passed_us * limit.tokens << 32))
         before = now
-        assert all(max(0, each.level) + each.room_reserved <= each.ceiling for each in buckets)
+        assert all(max(0, each.level) + each.room_reserved <= each.max_level for each in buckets)
     assert paid
 
 

@@ -7,6 +7,7 @@ from itertools import permutations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from joined import join
 
 from ratelimit_sidecar.crdt.bucket import MAX_ORIGINS, MAX_RECEIVED, MAX_SLOTS, Base, Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.limit import MAX_AHEAD_US, MAX_EXPONENT, AnyLimit, TokenBucketLimit, Window, WindowLimit
@@ -54,7 +55,7 @@ def test_slots_of_any_width_anywhere_deny_for_no_longer_than_the_debt_ceiling_or
         for exponent in range(14, MAX_EXPONENT + 1)
         for ahead_us in (-(2**exponent), 0, SECOND_US, MAX_AHEAD_US, DAY_US, 2**40, 2**exponent, 2 ** (exponent + 6))
     ]
-    store.merge(b"k", Base(NOW_US - 6 * SECOND_US, 2**63 * limit.period_us), entries, NOW_US)
+    join(store, b"k", Base(NOW_US - 6 * SECOND_US, 2**63 * limit.period_us), entries, NOW_US)
     later_us = NOW_US + locked_us(limit)
     assert bucket_of(store, limit).take(1, later_us)
 
@@ -63,7 +64,7 @@ def test_slots_of_any_width_anywhere_deny_for_no_longer_than_the_debt_ceiling_or
 def test_a_poisoned_bucket_is_dropped_within_days_whatever_it_was_told(limit: AnyLimit) -> None:
     store = store_of(HERE, limit)
     for exponent in range(14, MAX_EXPONENT + 1):
-        store.merge(b"k", None, [Entry(HOSTILE, slot_id(NOW_US + MAX_AHEAD_US, exponent), MOST)], NOW_US)
+        join(store, b"k", None, [Entry(HOSTILE, slot_id(NOW_US + MAX_AHEAD_US, exponent), MOST)], NOW_US)
     later_us = NOW_US + max(3 * DAY_US, 2 * locked_us(limit), 129 << limit.exponent)
     for turn in range(3):
         store.sweep(later_us + turn, 1)
@@ -79,9 +80,9 @@ def test_a_bucket_holds_few_slots_of_an_origin_the_newest_whatever_the_order(lim
         for number in range(2 * MAX_SLOTS if exponent > 14 else 60)
     ]
     one, other = store_of(HERE, limit), store_of(THERE, limit)
-    one.merge(b"k", None, entries, NOW_US)
+    join(one, b"k", None, entries, NOW_US)
     for entry in reversed(entries):
-        other.merge(b"k", None, [entry], NOW_US)
+        join(other, b"k", None, [entry], NOW_US)
     buckets = [bucket_of(store, limit) for store in (one, other)]
     assert buckets[0].taken == buckets[1].taken
     assert buckets[0].fold(NOW_US) == buckets[1].fold(NOW_US)
@@ -93,10 +94,10 @@ def test_a_bucket_holds_few_slots_of_an_origin_the_newest_whatever_the_order(lim
 def test_invented_origins_find_little_place_and_connected_peers_always_do(limit: AnyLimit) -> None:
     store = store_of(HERE, limit)
     slot = slot_of(limit)
-    store.merge(b"k", None, [Entry(Origin("ghost", number), slot, 1) for number in range(1, 5_000)], NOW_US)
+    join(store, b"k", None, [Entry(Origin("ghost", number), slot, 1) for number in range(1, 5_000)], NOW_US)
     assert len(bucket_of(store, limit).taken) == MAX_ORIGINS
     store.journal.peers.add(THERE)
-    assert store.merge(b"k", None, [Entry(THERE, slot, 1)], NOW_US) == 1
+    assert join(store, b"k", None, [Entry(THERE, slot, 1)], NOW_US) == 1
     assert THERE in bucket_of(store, limit).taken
 
 
@@ -111,15 +112,15 @@ def test_a_bucket_full_of_invented_entries_has_room_for_peers_and_for_all_once_t
         first = slot_of(limit, now_us)
         slots = [first] if limit.exponent > 30 else [first + number * width_us for number in range(-30, 1)]
         for number in range(1, MAX_ORIGINS + 1):
-            store.merge(b"k", None, [Entry(Origin("ghost", number), each, 1) for each in slots], now_us)
+            join(store, b"k", None, [Entry(Origin("ghost", number), each, 1) for each in slots], now_us)
         return sum(len(entries) for entries in bucket_of(store, limit, now_us).taken.values())
 
     held = invent(NOW_US)
     assert held <= MAX_RECEIVED
     if held == MAX_RECEIVED:
-        assert store.merge(b"k", None, [Entry(Origin("ghost", 1), slot, 2)], NOW_US) == 1, "it is there already"
-        assert store.merge(b"k", None, [Entry(Origin("newcomer", 1), slot, 1)], NOW_US) == 0
-    assert store.merge(b"k", None, [Entry(THERE, slot, 1)], NOW_US) == 1
+        assert join(store, b"k", None, [Entry(Origin("ghost", 1), slot, 2)], NOW_US) == 1, "it is there already"
+        assert join(store, b"k", None, [Entry(Origin("newcomer", 1), slot, 1)], NOW_US) == 0
+    assert join(store, b"k", None, [Entry(THERE, slot, 1)], NOW_US) == 1
     later_us = NOW_US + 3 * locked_us(limit) + 3 * DAY_US
     bucket_of(store, limit).seal(later_us)
     assert invent(later_us) == held
@@ -139,8 +140,8 @@ def test_what_is_said_of_an_origin_is_put_right_by_its_own_word(limit: AnyLimit)
     bucket_of(there, limit).take(3, NOW_US)
     [slot] = bucket_of(there, limit).taken[THERE]
     forged = [Entry(THERE, slot, 1_000_000)]
-    here.merge(b"k", None, forged, NOW_US)
-    there.merge(b"k", None, forged, NOW_US)
+    join(here, b"k", None, forged, NOW_US)
+    join(there, b"k", None, forged, NOW_US)
     assert bucket_of(there, limit).taken[THERE] == {slot: 3}, "own origins cannot be written by others"
     later_us = NOW_US + (1 << limit.exponent) + 3 * SECOND_US
     if isinstance(limit, WindowLimit) and limit.window is Window.FIXED:
@@ -161,7 +162,7 @@ def test_bases_of_any_size_make_replicas_alike_in_whatever_order_they_are_heard(
     for order in permutations(bases):
         store = store_of(HERE, limit)
         for base in order:
-            store.merge(b"k", base, [], NOW_US)
+            join(store, b"k", base, [], NOW_US)
         bucket = bucket_of(store, limit)
         bucket.seal(NOW_US)
         found.add((bucket.base, bucket.deficit))
@@ -185,9 +186,9 @@ def test_debt_is_cut_at_once_and_alike_whatever_the_order(entries: list[Entry], 
     shuffled = list(entries)
     order.shuffle(shuffled)
     one, other = store_of(HERE, limit), store_of(THERE, limit)
-    one.merge(b"k", None, entries, NOW_US)
+    join(one, b"k", None, entries, NOW_US)
     for entry in shuffled:
-        other.merge(b"k", None, [entry], NOW_US)
+        join(other, b"k", None, [entry], NOW_US)
     buckets = [bucket_of(store, limit) for store in (one, other)]
     assert buckets[0].fold(NOW_US) == buckets[1].fold(NOW_US) == buckets[0].deficit == buckets[1].deficit
     assert buckets[0].deficit <= limit.debt_ceiling

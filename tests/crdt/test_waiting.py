@@ -102,7 +102,7 @@ def test_what_has_room_is_kept_of_a_ticket_and_the_rest_is_given_back() -> None:
     wish = here.wish(2)
     here.queues.leave(waiting, Outcome.CANCELLED, NOW_US)
     assert here.ledger.accept(2, wish, Ticket(2, 0), NOW_US) == TOKEN
-    assert here.bucket.level == here.bucket.ceiling
+    assert here.bucket.level == here.bucket.max_level
 
 
 def test_tokens_and_a_ticket_together_serve_a_request_that_neither_could() -> None:

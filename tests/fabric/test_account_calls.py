@@ -9,7 +9,7 @@ import pytest
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.granted import GrantedBucket, Needs
 from ratelimit_sidecar.crdt.limit import TokenBucketLimit
-from ratelimit_sidecar.crdt.room import Room
+from ratelimit_sidecar.crdt.places import BucketPlaces
 from ratelimit_sidecar.fabric.account_calls import AccountCalls, members_text
 from ratelimit_sidecar.fabric.status import DrawStatus
 from ratelimit_sidecar.persistence.redis_record import BadRecord
@@ -21,7 +21,7 @@ DRAW = Needs(10, 10, 5)
 
 class Caller:
     def __init__(self) -> None:
-        self.draws = AccountCalls("east", DrawStatus(), Room(100, lambda key: key))
+        self.draws = AccountCalls("east", DrawStatus(), BucketPlaces(100, lambda key: key))
         self.bucket = GrantedBucket(b"k", TokenBucketLimit(100, 1_000_000, 100), Origin("a", 1), NOW_US)
 
     def call(self, answer: list[Any]) -> None:

@@ -27,7 +27,7 @@ from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.draw_policy import draw_needs
 from ratelimit_sidecar.crdt.granted import COUNTED_US, GRANT_US, GrantedBucket, Needs
 from ratelimit_sidecar.crdt.limit import TokenBucketLimit
-from ratelimit_sidecar.crdt.room import Room
+from ratelimit_sidecar.crdt.places import BucketPlaces
 from ratelimit_sidecar.fabric.account_calls import CALLER_RENEWED_US, AccountCalls, Asked, members_text
 from ratelimit_sidecar.fabric.accounts import BEAT, DRAW
 from ratelimit_sidecar.fabric.scripts import FabricKeys
@@ -80,7 +80,7 @@ class Sidecar:
         self, name: str, limit: TokenBucketLimit, drift_ppm: int, draws: type[AccountCalls], bucket: type[GrantedBucket]
     ) -> None:
         self.drift_ppm = drift_ppm
-        self.draws = draws("east", DrawStatus(), Room(100, lambda key: key))
+        self.draws = draws("east", DrawStatus(), BucketPlaces(100, lambda key: key))
         self.bucket = bucket(KEY, limit, Origin(name, 1), 0)
 
     def now_us(self, true_us: int) -> int:

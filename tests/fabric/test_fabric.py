@@ -353,7 +353,7 @@ async def test_a_gateway_has_room_for_the_buckets_of_several_sidecars_and_tells_
         in_west = await stack.enter_async_context(RedisServer(tmp_path / "west"))
         east = [Running(name, in_east, "east", sync=None, peers=[]) for name in ("east-1", "east-2")]
         gateway = Running("gateway", in_east, "east", sync=east_sync, peers=[west_sync])
-        gateway.store.room.max_buckets = most
+        gateway.store.places.max_buckets = most
         west = Running("west-1", in_west, "west", sync=west_sync, peers=[east_sync])
         for each in (*east, gateway, west):
             await stack.enter_async_context(running(each))

@@ -53,12 +53,12 @@ class Sidecar:
         self.store = Store(Origin(name, 1), lambda _key: HUNDRED, max_buckets=10**6, rule_key=rule_of)
         self.fabric = Fabric(connect_to(server), FabricKeys("ratelimit"), self.store, lambda: self.now_us)
         # As if it was told so, without the sidecar itself being full.
-        self.store.room.max_buckets = most
+        self.store.places.max_buckets = most
 
     def take(self, key: bytes, hits: int = 1) -> None:
-        most, self.store.room.max_buckets = self.store.room.max_buckets, 10**6
+        most, self.store.places.max_buckets = self.store.places.max_buckets, 10**6
         self.store.bucket(key, HUNDRED, self.now_us).take(hits, self.now_us, always=True)
-        self.store.room.max_buckets = most
+        self.store.places.max_buckets = most
         self.fabric.note(self.store.drain_changes())
 
     async def share(self) -> None:

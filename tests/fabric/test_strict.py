@@ -379,12 +379,12 @@ async def test_sidecars_go_by_the_members_that_the_gateway_names(server: RedisSe
 async def test_keys_that_are_invented_under_one_rule_leave_accounts_to_other_rules(server: RedisServer) -> None:
     async with region_on(server) as region, server.client() as client:
         a, b = region.sidecars.values()
-        b.ledger.room.max_buckets = 50
+        b.ledger.places.max_buckets = 50
         for number in range(100):
             # It has been full, and there is room again, in Redis alone.
-            a.ledger.room.max_buckets = 10**6
+            a.ledger.places.max_buckets = 10**6
             a.take(1, key=b"flooded %d" % number)
-            a.ledger.room.max_buckets = 50
+            a.ledger.places.max_buckets = 50
             await a.tick()
         assert await accounts_of(client, b"flooded") == 44
         assert not b.take(10, key=b"other 1")
@@ -395,7 +395,7 @@ async def test_keys_that_are_invented_under_one_rule_leave_accounts_to_other_rul
 async def test_accounts_that_are_dropped_make_room_for_others_of_their_rule(server: RedisServer) -> None:
     async with region_on(server) as region, server.client() as client:
         a, b = region.sidecars.values()
-        a.ledger.room.max_buckets = b.ledger.room.max_buckets = 50
+        a.ledger.places.max_buckets = b.ledger.places.max_buckets = 50
         for number in range(30):
             a.take(1, key=b"flooded %d" % number)
         await a.tick()

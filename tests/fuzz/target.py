@@ -247,7 +247,7 @@ class Run:
     def take_output(self) -> None:
         """Look at what the client gets: whole frames, one answer a stream, and nothing after its end."""
         data = self.connection.output()
-        for event in self.connection.late():
+        for event in self.connection.events_of_output():
             self.take(event)
         self.sent_bytes += len(data)
         for kind, flags, stream_id, payload in self.sent.read(data):

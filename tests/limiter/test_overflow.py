@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from joined import join
 from limiter.requests import NOW_US, OK, OVER_LIMIT, decide, make_request
 
 from ratelimit_sidecar.crdt.bucket import Entry, Origin
@@ -90,7 +91,7 @@ def test_peers_share_overflow_buckets() -> None:
     for key in (numbered, last):
         assert limiter.store.limit_of_key(key) == limit
     slot = slot_id(NOW_US, limit.exponent)
-    assert limiter.store.merge(last, None, [Entry(Origin("there", 1), slot, REQUESTS)], NOW_US) == 1
+    assert join(limiter.store, last, None, [Entry(Origin("there", 1), slot, REQUESTS)], NOW_US) == 1
     decide(limiter, make_request({"ip": "full now"}))
     assert decide(limiter, make_request({"user": "ada"})).overall_code == OVER_LIMIT
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import observed
 import pytest
 import structlog
+from joined import join
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.trace import SpanKind, StatusCode
 from persistence.redis_server import WITHIN_S, RedisServer, needs_redis
@@ -185,7 +186,7 @@ async def test_what_others_took_is_not_written_by_this_one(server: RedisServer) 
     state = state_in(server, store)
     hit(state, store)
     [bucket] = list(store)
-    store.merge(bucket.key, None, [Entry(ELSEWHERE, slot_id(NOW_US, bucket.limit.exponent), 5)], NOW_US)
+    join(store, bucket.key, None, [Entry(ELSEWHERE, slot_id(NOW_US, bucket.limit.exponent), 5)], NOW_US)
     async with kept(state), server.client() as client:
         await until(lambda: state.status.written == 1)
         [name] = await server.names()
@@ -453,7 +454,7 @@ async def test_a_server_that_was_flushed_is_told_everything_again(server: RedisS
             hit(state, store, value)
         await until(lambda: state.status.written == 3)
         [bucket, *_] = list(store)
-        store.merge(bucket.key, None, [Entry(ELSEWHERE, slot_id(NOW_US, bucket.limit.exponent), 5)], NOW_US)
+        join(store, bucket.key, None, [Entry(ELSEWHERE, slot_id(NOW_US, bucket.limit.exponent), 5)], NOW_US)
         await client.flushall()
 
         async def is_all_there() -> bool:
@@ -470,7 +471,7 @@ async def test_a_bucket_that_was_evicted_is_told_whole(server: RedisServer) -> N
         hit(state, store)
         await until(lambda: state.status.written == 1)
         [bucket] = list(store)
-        store.merge(bucket.key, None, [Entry(ELSEWHERE, slot_id(NOW_US, bucket.limit.exponent), 5)], NOW_US)
+        join(store, bucket.key, None, [Entry(ELSEWHERE, slot_id(NOW_US, bucket.limit.exponent), 5)], NOW_US)
         await client.delete(*await server.names())
         hit(state, store)
         await until(lambda: state.status.written >= 3)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from joined import join
 
 from ratelimit_sidecar.crdt.bucket import Entry, Origin
 from ratelimit_sidecar.crdt.limit import TokenBucketLimit, Window, WindowLimit
@@ -112,7 +113,7 @@ def test_a_store_restored_holds_what_the_one_before_held(
         match = RULES.match("api", [("tokens", "a")])
         assert match is not None
         slot = slot_id(now_us, LIMITS["tokens"].exponent)
-        before.merge(match.bucket_key, None, [Entry(ELSEWHERE, slot, heard)], now_us)
+        join(before, match.bucket_key, None, [Entry(ELSEWHERE, slot, heard)], now_us)
     after = make_store(AFTER)
     checked = read(written(before), after, now_us + pause_us)
     assert checked == SnapshotInfo(BEFORE, NOW_US, len(before))

@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import pytest
 from freed import frees_itself
+from joined import join
 from replication.builders import (
     ELSEWHERE,
     NOW_US,
@@ -115,7 +116,7 @@ def test_what_was_forgotten_by_all_but_one_comes_back_from_it() -> None:
     cluster.run_until_settled()
     for name, elsewhere in (("a", "x"), ("b", "y")):
         stranger = Entry(Origin(elsewhere, 9), slot_id(cluster.now_us - 3 * SLOT_US, PER_USER.exponent), 5)
-        cluster[name].store.merge(key_of("ann"), None, [stranger], cluster.now_us)
+        join(cluster[name].store, key_of("ann"), None, [stranger], cluster.now_us)
     cluster.run(HEALS_US)
     assert_all_hold(cluster, 10)
 
@@ -315,13 +316,13 @@ def test_sums_do_not_depend_on_how_far_a_replica_has_sealed_nor_on_what_is_under
     for store in stores:
         for slot, tokens in sorted(entries.items()):
             heard = Entry(Origin("c", 1), slot, tokens)
-            store.merge(key_of("ann"), None, [heard], slot + 300_000)
+            join(store, key_of("ann"), None, [heard], slot + 300_000)
     early, late = (store.get(key_of("ann")) for store in stores)
     assert early is not None
     assert late is not None
     # b knows more of what is not yet settled.
     under_way = Entry(Origin("c", 1), slot_id(at_us - SETTLE_US, limit.exponent), 50)
-    stores[1].merge(key_of("ann"), None, [under_way], at_us)
+    join(stores[1], key_of("ann"), None, [under_way], at_us)
     late.seal(at_us + KEPT_US)
     assert early.base != late.base
     sums = [sums_of(store, at_us).sums for store in stores]
@@ -447,7 +448,7 @@ def crowded() -> tuple[Summing, Bucket]:
     store.journal.peers = {*CROWD}
     slots = [slot_id(FIRST_US - SETTLE_US - age * SLOT_US, PER_USER.exponent) for age in range(1, 50)]
     for origin in CROWD:
-        store.merge(key_of("ann"), None, [Entry(origin, slot, 3) for slot in slots], FIRST_US)
+        join(store, key_of("ann"), None, [Entry(origin, slot, 3) for slot in slots], FIRST_US)
     bucket = store.get(key_of("ann"))
     assert bucket is not None
     assert len(bucket.origins()) == 250
@@ -486,7 +487,7 @@ def test_a_state_is_the_hash_that_nodes_of_earlier_versions_have() -> None:
     slots = [slot_id(FIRST_US - SETTLE_US - age * SLOT_US, PER_USER.exponent) for age in (9, 5, 2)]
     entries = [Entry(Origin(name, 7), slot | mark, 3) for name in "cb" for slot in slots for mark in (REFUND, 0)]
     bucket = take(store, "ann", 2, FIRST_US - SETTLE_US - 3 * SLOT_US)
-    store.merge(bucket.key, None, entries, FIRST_US)
+    join(store, bucket.key, None, entries, FIRST_US)
     assert state_of(Summing(store, FIRST_US - 1), bucket, FIRST_US) == 5458122548980219214
 
 
@@ -690,14 +691,14 @@ def test_a_peer_without_room_is_not_told_of_keys_again_and_again() -> None:
     cluster.run_until_settled()
     b = cluster["b"]
     take(b.store, "mine", 1, b.now_us)
-    b.store.room.max_buckets = 1
+    b.store.places.max_buckets = 1
     for index in range(50):
         take(cluster["a"].store, f"user {index}", 1, cluster["a"].now_us)
     cluster.run(SLOT_US + HEALS_US)
     assert (len(b.store), b.store.full_since_us is not None) == (1, True)
     assert resyncs(cluster) == 0
     # There is room again: now it is.
-    b.store.room.max_buckets = 100
+    b.store.places.max_buckets = 100
     b.store.full_since_us = None
     cluster.run(HEALS_US)
     assert len(b.store) == 51

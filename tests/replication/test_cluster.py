@@ -11,8 +11,8 @@ from seeds import seeds
 from ratelimit_sidecar.crdt.bucket import Bucket
 from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.limiter.rules import Rules
-from ratelimit_sidecar.replication.flushing import URGENT_FLUSH_SECONDS
 from ratelimit_sidecar.replication.outbox import MAX_UNACKNOWLEDGED
+from ratelimit_sidecar.replication.periodic import URGENT_FLUSH_SECONDS
 from simulation.clock import clocks_off
 from simulation.cluster import Cluster
 from simulation.loop import MS

@@ -613,7 +613,7 @@ async def test_a_node_in_want_is_paid_over_the_mesh_what_another_one_has_to_spar
         bucket = here.ledger.bucket(key_of("gold", "plan"), PER_PLAN, now_us())
         assert bucket.take(bucket.remaining, now_us())
         assert not bucket.take(30, now_us())
-        await a.until(lambda: here.received > 0)
+        await a.until(lambda: here.payments_received > 0)
         assert bucket.take(10, now_us())
         statuses = [each.mesh.membership_status() for each in (a, b)]
         assert [status and (status.payments_received, status.payments_sent) for status in statuses] != [(0, 0), (0, 0)]

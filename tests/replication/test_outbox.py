@@ -8,6 +8,7 @@ import pytest
 from freed import frees_itself
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from joined import join
 from replication.builders import (
     NOW_US,
     PER_TEAM,
@@ -76,13 +77,13 @@ def note(outbox: Outbox, now_us: int = NOW_US, *, has_peers: bool = True) -> Non
     done(outbox.log.flush_steps(now_us, has_peers=has_peers))
     segment = outbox.log.get(first)
     if segment is not None:
-        outbox.missed_changes(segment.created_us)
+        outbox.note_missed_by_peer(segment.created_us)
 
 
 def open_stream(outbox: Outbox, peer: Origin = B.origin, *, compares: bool = True) -> None:
     """A stream is there, and its peer wants to be told everything."""
     outbox.open(peer, compares=compares)
-    outbox.request(NOW_US, recent=False)
+    outbox.serve_request(NOW_US, recent=False)
 
 
 def opened(store: Store) -> Outbox:
@@ -290,7 +291,7 @@ def test_a_large_bucket_is_told_of_origin_by_origin_and_as_it_is_in_the_end() ->
     peers = store_of(B)
     for part in (told_first, *parts):
         assert len(part.entries) <= MAX_PART_ENTRIES
-        peers.merge(bucket.key, part.base, part.entries, later_us)
+        join(peers, bucket.key, part.base, part.entries, later_us)
     copy = peers.get(bucket.key)
     assert copy is not None
     assert copy.base == bucket.base
@@ -349,11 +350,11 @@ def test_a_batch_is_written_in_pieces() -> None:
     assert [outbox.write(NOW_US + 5 * MS) for _ in range(5)] == [True, True, True, True, False]
     # It is as good as pending until it is taken.
     assert outbox.pending_buckets == 3 * PIECE_WORK + 1
-    assert not outbox.is_settled
+    assert not outbox.is_all_acknowledged
     assert outbox.lag_us(NOW_US + 5 * MS) == 5 * MS
     [batch] = drained(outbox, NOW_US + 5 * MS)
     assert (batch.entries, batch.created_us) == (3 * PIECE_WORK + 1, NOW_US)
-    assert outbox.is_settled
+    assert outbox.is_all_acknowledged
 
 
 def test_a_batch_is_not_taken_before_it_is_whole() -> None:
@@ -421,7 +422,7 @@ def test_buckets_that_are_gone_count_as_work_too() -> None:
     assert store.evicted == 2 * PIECE_WORK
     assert [outbox.write(NOW_US) for _ in range(4)] == [True, True, True, False]
     assert outbox.take_batch() is None
-    assert outbox.is_settled
+    assert outbox.is_all_acknowledged
 
 
 def test_what_changes_while_a_batch_is_written_is_told_too() -> None:
@@ -447,7 +448,7 @@ def with_news_to_pass_on() -> tuple[Outbox, Bucket]:
     store = store_of(A)
     outbox = opened(store)
     entry = Entry(C.origin, slot_id(NOW_US, PER_USER.exponent), 1)
-    store.merge(key_of("ann"), None, [entry], NOW_US)
+    join(store, key_of("ann"), None, [entry], NOW_US)
     bucket = store.get(key_of("ann"))
     assert bucket is not None
     outbox.relay(bucket, [entry])
@@ -475,9 +476,9 @@ def test_a_peer_is_not_settled_before_it_is_told_that_there_is_nothing_to_tell()
     outbox = new_outbox(store_of(A))
     open_stream(outbox)
     assert outbox.write(NOW_US)
-    assert not outbox.is_settled
+    assert not outbox.is_all_acknowledged
     assert [batch.ends_snapshot for batch in drained(outbox)] == [True]
-    assert outbox.is_settled
+    assert outbox.is_all_acknowledged
 
 
 def test_the_end_of_a_walk_that_was_written_and_not_taken_counts_as_owed() -> None:
@@ -537,7 +538,7 @@ def test_a_peer_that_appears_is_told_everything_of_every_origin_with_the_bases()
 
 def test_a_peer_is_not_told_what_it_took_itself() -> None:
     store = store_of(A)
-    store.merge(key_of("ann"), None, [Entry(B.origin, slot_id(NOW_US, PER_USER.exponent), 5)], NOW_US)
+    join(store, key_of("ann"), None, [Entry(B.origin, slot_id(NOW_US, PER_USER.exponent), 5)], NOW_US)
     outbox = new_outbox(store)
     open_stream(outbox)
     [batch] = drained(outbox)
@@ -546,7 +547,7 @@ def test_a_peer_is_not_told_what_it_took_itself() -> None:
 
 def test_an_earlier_life_of_the_peer_is_told_of() -> None:
     store = store_of(A)
-    store.merge(key_of("ann"), None, [Entry(Origin("b", 99), slot_id(NOW_US, PER_USER.exponent), 5)], NOW_US)
+    join(store, key_of("ann"), None, [Entry(Origin("b", 99), slot_id(NOW_US, PER_USER.exponent), 5)], NOW_US)
     outbox = new_outbox(store)
     open_stream(outbox)
     [batch] = drained(outbox)
@@ -626,7 +627,7 @@ def test_slots_sealed_before_they_could_be_sent_are_dropped() -> None:
     assert bucket is not None
     bucket.seal(NOW_US + 2 * PER_TEAM.horizon_us)
     assert next_batch(outbox, NOW_US) is None
-    assert outbox.is_settled
+    assert outbox.is_all_acknowledged
 
 
 def test_evicted_buckets_are_dropped() -> None:
@@ -720,12 +721,12 @@ def test_a_peer_that_was_away_is_told_what_is_newer_than_that() -> None:
     take(store, "new", 2, lost_us + SECOND_US)
     note(outbox, lost_us + SECOND_US)
     other = Entry(C.origin, slot_id(lost_us + SECOND_US, PER_USER.exponent), 3)
-    store.merge(key_of("heard"), None, [other], lost_us + SECOND_US)
+    join(store, key_of("heard"), None, [other], lost_us + SECOND_US)
     open_stream(outbox)
     batches = list(drained(outbox, lost_us + 2 * SECOND_US))
     assert keys_told(batches) == {key_of("new"), key_of("heard")}
     assert batches[-1].ends_snapshot
-    assert outbox.is_settled
+    assert outbox.is_all_acknowledged
 
 
 def test_a_peer_that_was_away_is_told_the_base_of_what_was_sealed_meanwhile() -> None:
@@ -814,7 +815,7 @@ def test_relayed_entries_go_out_with_their_newest_counts_and_a_bucket_to_be_told
     store = store_of(A)
     outbox = opened(store)
     slot = slot_id(NOW_US, PER_USER.exponent)
-    store.merge(key_of("ann"), None, [Entry(C.origin, slot, 5)], NOW_US)
+    join(store, key_of("ann"), None, [Entry(C.origin, slot, 5)], NOW_US)
     bucket = take(store, "ann", 1, NOW_US)
     store.drain_changes()
     outbox.relay(bucket, [Entry(C.origin, slot, 4)])
@@ -885,7 +886,7 @@ def test_a_key_that_is_told_of_again_is_an_id() -> None:
 def test_a_stream_lost_before_the_full_state_was_through_leaves_the_lag_growing() -> None:
     store = store_of(A)
     outbox = new_outbox(store)
-    outbox.missed_since(NOW_US - SECOND_US)
+    outbox.count_as_undelivered(NOW_US - SECOND_US)
     fill(store, 2 * MAX_BATCH_BUCKETS)
     open_stream(outbox)
     next_batch(outbox, NOW_US)
@@ -989,7 +990,7 @@ def test_a_walk_asked_for_while_one_is_under_way_follows_it() -> None:
     open_stream(outbox)
     outbox.snapshot(back_us - 10 * SECOND_US)
     assert tokens_of(told(drained(outbox, back_us))) == 3
-    assert outbox.is_settled
+    assert outbox.is_all_acknowledged
 
 
 def test_what_was_passed_on_in_vain_is_in_the_walk_of_the_next_stream() -> None:
@@ -1074,7 +1075,7 @@ def test_what_was_encoded_before_it_was_overtaken_takes_nothing_back(limit: AnyL
     assert found[-2:] == [6, 6], "overtaken by one batch at least"
     # Once nothing is overtaken any more, what others say of it is put right again.
     [slot] = bucket.taken[A.origin]
-    heard.merge(b"victim", None, [Entry(A.origin, slot, 500)], applied_us)
+    join(heard, b"victim", None, [Entry(A.origin, slot, 500)], applied_us)
     note(outbox)
     assert counts() == [6]
 
@@ -1102,7 +1103,7 @@ def test_what_waits_takes_nothing_back_that_a_third_node_told_meanwhile(limit: A
         for _ in reader.apply_steps(deltas_of(batch), heard, applied_us):
             assert sum(heard.bucket(b"victim", limit, applied_us).taken[A.origin].values()) == 3
     # Once nothing waits any more, what others say of it is put right.
-    heard.merge(b"victim", None, [Entry(A.origin, slot, 500)], applied_us)
+    join(heard, b"victim", None, [Entry(A.origin, slot, 500)], applied_us)
     bucket.take(1, NOW_US)
     note(outbox, NOW_US + 3)
     for batch in drained(outbox):
@@ -1141,23 +1142,23 @@ def test_a_peer_that_is_told_everything_by_another_node_is_told_what_is_recent()
     note(outbox, now_us - RECENT_CHANGES_US // 2, has_peers=False)
     # Whoever has taken it tells of it.
     heard = Entry(C.origin, slot_id(now_us, PER_USER.exponent), 3)
-    store.merge(key_of("recent"), None, [heard], now_us)
-    store.merge(key_of("heard"), None, [heard], now_us)
+    join(store, key_of("recent"), None, [heard], now_us)
+    join(store, key_of("heard"), None, [heard], now_us)
     outbox.open(B.origin, compares=True)
     # Nothing until it has said so.
     assert next_batch(outbox, now_us) is None
-    assert not outbox.is_settled
+    assert not outbox.is_all_acknowledged
     assert outbox.has_unacknowledged_snapshot
-    outbox.request(now_us, recent=True)
+    outbox.serve_request(now_us, recent=True)
     [batch] = drained(outbox, now_us)
     assert (batch.bucket_keys, batch.entries) == ((key_of("recent"),), 1)
-    assert outbox.is_settled
+    assert outbox.is_all_acknowledged
     # The other node is gone before it has told everything.
-    outbox.request(now_us, recent=False)
+    outbox.serve_request(now_us, recent=False)
     assert keys_told(drained(outbox, now_us)) == {key_of("old"), key_of("recent"), key_of("heard")}
     # To say it again changes nothing.
-    outbox.request(now_us, recent=False)
-    assert outbox.is_settled
+    outbox.serve_request(now_us, recent=False)
+    assert outbox.is_all_acknowledged
 
 
 def test_what_a_peer_wants_to_be_told_does_not_matter_when_it_was_told_everything_before() -> None:
@@ -1238,7 +1239,7 @@ def test_who_falls_behind_what_is_encoded_catches_up_and_then_understands_the_id
     for batch in drained(outbox):
         apply_all(reader, heard, deltas_of(batch), NOW_US)
     assert {bucket.key: bucket.taken for bucket in heard} == {bucket.key: bucket.taken for bucket in store}
-    assert outbox.is_settled
+    assert outbox.is_all_acknowledged
 
 
 @pytest.mark.parametrize("left", [20, 0])
@@ -1254,10 +1255,10 @@ def test_who_falls_behind_what_the_log_remembers_gets_a_snapshot(left: int) -> N
         note(outbox, later_us)
     first, end = outbox.log.end - 128, outbox.log.end
     assert sum(outbox.log.get(number) is not None for number in range(first, end)) == left
-    assert not outbox.is_settled
+    assert not outbox.is_all_acknowledged
     assert outbox.lag_us(later_us) >= RETENTION_US
     assert tokens_of(told(drained(outbox, later_us))) == 128
-    assert outbox.is_settled
+    assert outbox.is_all_acknowledged
 
 
 def test_the_log_remembers_no_more_changes_than_a_bound() -> None:
@@ -1276,7 +1277,7 @@ def test_looking_at_what_was_told_already_counts_as_work() -> None:
         take(store, "ann", 1, NOW_US)
         note(outbox)
     outbox.open(B.origin, compares=True)
-    outbox.request(NOW_US, recent=True)
+    outbox.serve_request(NOW_US, recent=True)
     # The last of them finds that there is nothing more.
     assert [outbox.write(NOW_US) for _ in range(12)] == [True] * 11 + [False]
 
@@ -1334,5 +1335,5 @@ def test_what_was_lost_before_the_peer_asks_for_what_is_recent_is_told_after_it(
     note(outbox)
     outbox.open(B.origin, compares=True)
     outbox.snapshot(NOW_US - 3 * RECENT_CHANGES_US)
-    outbox.request(NOW_US, recent=True)
+    outbox.serve_request(NOW_US, recent=True)
     assert old.key in keys_told(drained(outbox))

@@ -7,6 +7,7 @@ from contextlib import suppress
 import grpc
 import grpc.aio
 import pytest
+from joined import join
 from replication.builders import NOW_US, PER_USER, RULES, SECOND_US, flush, frame, key_of, take
 from replication.meshes import address_of, sidecar
 from replication.test_replicator import connected, exchange, hello, replicator, stream_of
@@ -59,7 +60,7 @@ def test_only_who_is_known_to_be_the_origin_can_lower_what_it_has_taken(is_prove
     stream = Stream(a, "far end", is_dialled=False, wake=lambda: None, now_us=NOW_US, is_proven=is_proven)
     receive(stream, hello("b", 7), NOW_US)
     origin = Origin("b", 7)
-    a.store.merge(key_of("ann"), None, [Entry(origin, SLOT, 500)], NOW_US)
+    join(a.store, key_of("ann"), None, [Entry(origin, SLOT, 500)], NOW_US)
     receive(stream, deltas(1, SLOT, 3), NOW_US + 10 * SECOND_US)
     bucket = a.store.get(key_of("ann"))
     assert bucket is not None
@@ -93,7 +94,7 @@ def test_replicas_that_differ_by_what_a_third_has_invented_are_healed_by_compari
     cluster.run(SECOND_US)
     [slot] = a.bucket("ann").taken[a.origin]
     forged = [Entry(a.origin, slot, 500)]
-    b.store.merge(key_of("ann"), None, forged, b.now_us)
+    join(b.store, key_of("ann"), None, forged, b.now_us)
     assert b.bucket("ann").taken[a.origin] == {slot: 500}
     cluster.run(20 * SECOND_US)
     assert b.bucket("ann").taken == a.bucket("ann").taken == {a.origin: {slot: 3}}
@@ -111,7 +112,7 @@ def test_poison_is_gone_soon_although_restarted_nodes_learn_it_of_the_others_aga
     ]
     base = Base(a.now_us - 6 * SECOND_US, 2**63 * PER_USER.period_us)
     for each in cluster:
-        each.store.merge(key_of("ann"), base, poison, each.now_us)
+        join(each.store, key_of("ann"), base, poison, each.now_us)
     # Ahead, the debt ceiling, and a slot.
     gone_us = cluster.now_us + MAX_AHEAD_US + PER_USER.debt_ceiling // PER_USER.tokens + (2 << PER_USER.exponent)
     for name in "abc":
@@ -157,7 +158,7 @@ def test_what_a_connected_peer_takes_is_heard_whoever_has_filled_the_bucket_with
     a, b = replicator("a"), replicator("b")
     ours, theirs = connected(a, b)
     ghosts = [Entry(Origin("ghost", number), SLOT, 1) for number in range(1, 3_000)]
-    a.store.merge(key_of("ann"), None, ghosts, NOW_US)
+    join(a.store, key_of("ann"), None, ghosts, NOW_US)
     take(b.store, "ann", 5, NOW_US)
     flush(b, NOW_US)
     exchange(ours, theirs)

@@ -645,7 +645,7 @@ def test_a_member_in_want_is_paid_by_another_one() -> None:
     a.use_up()
     a.say()
     exchange(one, other)
-    assert (a.payments and a.payments.received, b.payments and b.payments.payments_sent) == (1, 1)
+    assert (a.payments and a.payments.payments_received, b.payments and b.payments.payments_sent) == (1, 1)
     assert a.plan().remaining > 20
 
 
@@ -717,11 +717,11 @@ def test_a_peer_is_heard_to_have_the_membership_it_shows() -> None:
     assert a.payments is not None
     receive(stream_of(a), hello("c", membership=pb.Membership(epoch=1, members=MEMBERS.members[:1])), NOW_US)
     assert a.payments.status().conflicts == ("c",)
-    a.known_peers.forget(NOW_US)
+    a.peer_registry.forget(NOW_US)
     assert a.payments.status().conflicts == ("c",)
     for stream in list(a.streams()):
         stream.lost("gone", NOW_US)
-    a.known_peers.forget(NOW_US)
+    a.peer_registry.forget(NOW_US)
     assert a.payments.status().conflicts == ()
 
 
@@ -759,7 +759,7 @@ def test_what_is_paid_on_a_stream_that_has_closed_at_the_receiver_does_not_count
     a.say()
     exchange(second, second_at_b)
     assert a.payments is not None
-    assert a.payments.received == 1
+    assert a.payments.payments_received == 1
 
 
 @pytest.mark.interpreted
@@ -837,13 +837,13 @@ def test_an_older_status_that_comes_late_does_not_stay() -> None:
 def test_a_stream_that_ends_gives_back_the_room_of_its_keys_whoever_ends_it() -> None:
     a, b = replicator("a"), replicator("b")
     take(b.store, "ann", 1, NOW_US)
-    free = a.key_room.free
+    free = a.key_memory.free
     for end in ("lost", "left", "faulty"):
         one, other = connected(a, b)
         take(b.store, "ann", 1, NOW_US)
         flush(b, NOW_US)
         exchange(one, other)
-        assert a.key_room.free < free
+        assert a.key_memory.free < free
         if end == "lost":
             one.lost("reset", NOW_US)
         elif end == "left":
@@ -853,7 +853,7 @@ def test_a_stream_that_ends_gives_back_the_room_of_its_keys_whoever_ends_it() ->
             receive(one, b"no frame", NOW_US)
         one.lost("reset", NOW_US)
         other.lost("reset", NOW_US)
-        assert a.key_room.free == free
+        assert a.key_memory.free == free
 
 
 def starting(name: str) -> Replicator:

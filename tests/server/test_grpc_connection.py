@@ -314,9 +314,9 @@ def test_a_streaming_call_that_http_2_ends_is_lost_though_its_client_says_nothin
     pair.exchange()
     pair.server.receive(raw_frame(DATA, stream_id, b"more than that"))
     pair.server.output()
-    [lost] = pair.server.late()
+    [lost] = pair.server.events_of_output()
     assert isinstance(lost, StreamCancelled)
-    assert pair.server.late() == []
+    assert pair.server.events_of_output() == []
     assert pair.budget.held == 0
 
 

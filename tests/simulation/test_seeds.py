@@ -140,7 +140,7 @@ def admits_everything(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def leaves_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Replicator, "is_settled", lambda _self: True)
+    monkeypatch.setattr(Replicator, "is_all_acknowledged", lambda _self: True)
 
 
 def keeps_every_change(monkeypatch: pytest.MonkeyPatch) -> None:

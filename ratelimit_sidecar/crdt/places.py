@@ -1,6 +1,6 @@
-"""Room for buckets: how many there may be at once, and how many of them of one rule.
+"""The places for buckets: how many there may be at once, and how many of them of one rule.
 
-Anybody can invent keys, and so fill the room of the rule that they fall under. A rule may therefore hold no more
+Anybody can invent keys, and so fill the places of the rule that they fall under. A rule may therefore hold no more
 buckets than `RULE_SHARE` times as many as are still free (dynamic thresholds: Choudhury and Hahne, IEEE/ACM Trans.
 Networking 6(2), 1998). Alone it gets 8/9 of all; two that are flooded get 8/17 each; and there is always some left for
 rules that hold few.
@@ -17,11 +17,11 @@ KEY_BYTES: Final = 256
 """A bucket whose key is as long takes another place, and so on. Callers choose texts in keys, up to 4 KiB of them."""
 
 AMPLE_SHARE: Final = 0.85
-"""No rule is refused a bucket with less than 7/8 of the room taken; a little less, lest an alarm come and go."""
+"""No rule is refused a bucket with less than 7/8 of the places taken; a little less, lest an alarm come and go."""
 
 
-class Room:
-    """Counts the buckets of one store.
+class BucketPlaces:
+    """Counts the places that the buckets of one store take.
 
     Args:
         max_buckets: the most buckets at once, at least 1; fewer when keys are long. It may be changed at any time.

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ratelimit_sidecar.replication.flushing import URGENT_FLUSH_SECONDS, Flushing
+from ratelimit_sidecar.replication.periodic import URGENT_FLUSH_SECONDS, Periodic
 
 FLUSH_SECONDS = 0.02
 
@@ -37,7 +37,7 @@ def runner() -> Iterator[asyncio.Runner]:
         yield runner
 
 
-async def flushed_at(seconds: float, during: Callable[[Flushing], None] = lambda _: None) -> list[float]:
+async def flushed_at(seconds: float, during: Callable[[Periodic], None] = lambda _: None) -> list[float]:
     """When there were flushes, from the first one on.
 
     Args:
@@ -50,9 +50,9 @@ async def flushed_at(seconds: float, during: Callable[[Flushing], None] = lambda
     async def flush() -> None:
         flushes.append(round(loop.time() - began, 6))
 
-    flushing = Flushing(flush, FLUSH_SECONDS)
-    during(flushing)
-    running = asyncio.create_task(flushing.run())
+    periodic = Periodic(flush, FLUSH_SECONDS)
+    during(periodic)
+    running = asyncio.create_task(periodic.run())
     await asyncio.sleep(seconds)
     running.cancel()
     await asyncio.wait([running])
@@ -60,8 +60,8 @@ async def flushed_at(seconds: float, during: Callable[[Flushing], None] = lambda
     return flushes
 
 
-def at(seconds: float, flushing: Flushing) -> None:
-    asyncio.get_running_loop().call_later(seconds, flushing.flush_soon)
+def at(seconds: float, periodic: Periodic) -> None:
+    asyncio.get_running_loop().call_later(seconds, periodic.call_soon)
 
 
 def test_it_flushes_at_once_and_then_evenly_until_it_is_cancelled(runner: asyncio.Runner) -> None:
@@ -69,23 +69,23 @@ def test_it_flushes_at_once_and_then_evenly_until_it_is_cancelled(runner: asynci
 
 
 def test_what_is_urgent_is_flushed_at_once_when_the_last_flush_is_some_time_ago(runner: asyncio.Runner) -> None:
-    flushes = runner.run(flushed_at(0.03, lambda flushing: at(0.008, flushing)))
+    flushes = runner.run(flushed_at(0.03, lambda periodic: at(0.008, periodic)))
     assert flushes == [0.0, 0.008, 0.008 + FLUSH_SECONDS]
 
 
 def test_urgent_flushes_keep_a_distance_however_much_is_urgent(runner: asyncio.Runner) -> None:
-    def something_is_urgent(flushing: Flushing) -> None:
+    def something_is_urgent(periodic: Periodic) -> None:
         for microseconds in range(0, 5_000, 100):
-            at(microseconds / 1e6, flushing)
+            at(microseconds / 1e6, periodic)
 
     flushes = runner.run(flushed_at(0.01, something_is_urgent))
     assert flushes == pytest.approx([0.0, URGENT_FLUSH_SECONDS, 2 * URGENT_FLUSH_SECONDS, 3 * URGENT_FLUSH_SECONDS])
 
 
 def test_nothing_is_flushed_for_what_gets_urgent_before_or_after(runner: asyncio.Runner) -> None:
-    def something_is_urgent(flushing: Flushing) -> None:
-        flushing.flush_soon()
-        at(0.05, flushing)
+    def something_is_urgent(periodic: Periodic) -> None:
+        periodic.call_soon()
+        at(0.05, periodic)
 
     assert runner.run(flushed_at(0.01, something_is_urgent)) == [0.0]
 
@@ -100,7 +100,7 @@ def test_a_flush_that_fails_ends_it(runner: asyncio.Runner) -> None:
             raise ZeroDivisionError
 
     async def run() -> None:
-        await Flushing(flush, FLUSH_SECONDS).run()
+        await Periodic(flush, FLUSH_SECONDS).run()
 
     with pytest.raises(ZeroDivisionError):
         runner.run(run())
