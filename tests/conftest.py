@@ -3,13 +3,15 @@ thorough one; `HYPOTHESIS_PROFILE=nightly make test` runs the long one."""
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import pytest
 import structlog
+import uvloop
 from hypothesis import Phase, settings
 
 # No deadline: on a busy machine a slow example says nothing about the code.
@@ -22,6 +24,11 @@ settings.register_profile(
 )
 settings.register_profile("nightly", deadline=None, max_examples=10_000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_asyncio_loop_factories(item: pytest.Item) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """Tests run on the sidecar's event loop."""
+    return {"uvloop": uvloop.new_event_loop}
 
 
 FIRST = ("stalls", "chaos", "e2e", "simulation", "fabric", "persistence", "deploy", "demo", "telemetry")

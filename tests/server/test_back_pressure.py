@@ -25,8 +25,6 @@ from ratelimit_sidecar.server.tls import ServerCertificate
 from ratelimit_sidecar.server.tls_session import TlsSession
 from ratelimit_sidecar.server.turns import QUANTUM_NS, Turns
 
-pytestmark = pytest.mark.asyncio(loop_factories=["uvloop"])
-
 MANY = 500
 
 READ_AT_ONCE = 2 * QUANTUM_NS // READ_NS

@@ -364,7 +364,6 @@ async def test_many_busy_connections_of_one_address_hold_others_up_no_more_than_
             assert (await flood.answer(stream)).body == frame(b"flood")
 
 
-@pytest.mark.asyncio(loop_factories=["uvloop"])
 async def test_of_single_calls_of_many_connections_of_one_address_a_few_are_answered_in_each_turn_of_the_loop() -> None:
     handled = 0
 
@@ -424,9 +423,8 @@ async def test_an_old_connection_is_told_twice_to_go_and_closed_when_its_calls_a
         stream = client.open(PATH)
         client.send(stream, frame(b"old")[:-1], end=False)
         await asyncio.wait_for(client.told_to_go.wait(), 30)
-        # RFC 9113, section 6.8: at first it is not said which calls are the last ones, as some may be on their way.
-        assert client.last_streams == [2**31 - 1]
         await client.ping()
+        # RFC 9113, section 6.8: at first it is not said which calls are the last ones, as some may be on their way.
         assert client.last_streams == [2**31 - 1, stream]
         assert not client.gone.is_set()
         client.send(stream, frame(b"old")[-1:])

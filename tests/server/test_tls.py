@@ -1,4 +1,4 @@
-"""TLS of both front ends, on uvloop, as in the sidecar."""
+"""TLS of both front ends."""
 
 from __future__ import annotations
 
@@ -30,8 +30,6 @@ from ratelimit_sidecar.server.listeners import ListenError
 from ratelimit_sidecar.server.rpc import Code
 from ratelimit_sidecar.server.tls import ServerCertificate
 from ratelimit_sidecar.server.tls_session import HANDSHAKE_BYTES
-
-pytestmark = pytest.mark.asyncio(loop_factories=["uvloop"])
 
 PATH = "/test.Echo/Echo"
 NAME = "sidecar.example"
