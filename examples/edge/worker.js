@@ -33,7 +33,10 @@ async function ask(request, env) {
       body: JSON.stringify({ domain: "edge", descriptors: descriptorsOf(request) }),
       signal: AbortSignal.timeout(Number(env.ASK_MS)),
     });
-    // 429 has an answer in it, too.
+    // 429 has an answer in it, too. With 400 it is the client that made a question of which nobody knows the answer.
+    if (response.status === 400) {
+      return { overallCode: "OVER_LIMIT" };
+    }
     return response.ok || response.status === 429 ? await response.json() : null;
   } catch {
     return null;
@@ -45,7 +48,7 @@ function descriptorsOf(request) {
   const address = networkOf(request.headers.get("cf-connecting-ip") ?? "unknown");
   const descriptors = [{ entries: [{ key: "address", value: address }] }];
   // Clients choose the key: the first counts, and no more of it than a key has. A question too large gets no answer.
-  const keys = (request.headers.get("x-api-key") ?? "").split(",").map((key) => key.trim().slice(0, 256));
+  const keys = (request.headers.get("x-api-key") ?? "").split(",").map((key) => key.trim().slice(0, 256).toWellFormed());
   const key = keys.find((key) => key !== "");
   if (key) {
     descriptors.push({ entries: [{ key: "api_key", value: key }] });

@@ -132,6 +132,9 @@ async def test_whatever_a_client_makes_of_its_key_is_asked_about_and_of_two_keys
         assert await status_of(url, b"eve") == 200
         # In JSON it is six times as long.
         assert await status_of(url, b"\x01" * 45_000) == 200
+        # What is cut off is a half of the last character.
+        halved = b"a" * 255 + "\U0001f600".encode()
+        assert [await status_of(url, halved) for _ in range(2)] == [200, 429]
         for keys in ([b"eve", b"another"], [b"", b"eve"], [b"eve,another"]):
             assert await status_of(url, *keys) == 429
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from ratelimit_sidecar.console.bounds import DEFAULT_BOUNDS
 from ratelimit_sidecar.demo.regions import find_envoy
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -52,8 +53,17 @@ def test_thousands_of_requests_at_once_wait_for_the_sidecar(name: str) -> None:
         (threshold,) = cluster["circuit_breakers"]["thresholds"]
         assert (threshold["max_requests"], threshold["max_pending_requests"]) == (100_000, 100_000)
         for options in cluster.get("typed_extension_protocol_options", {}).values():
-            http2 = options["explicit_http_config"]["http2_protocol_options"]
-            assert (http2["max_outbound_frames"], http2["max_outbound_control_frames"]) == (1_000_000, 100_000)
+            http2 = options["explicit_http_config"].get("http2_protocol_options")
+            if http2 is not None:
+                assert (http2["max_outbound_frames"], http2["max_outbound_control_frames"]) == (1_000_000, 100_000)
+
+
+def test_who_asks_over_http_lets_go_of_an_idle_connection_before_the_console_does() -> None:
+    """A question on a connection that is just being closed has no answer."""
+    (cluster,) = read("edge/envoy.yaml")["static_resources"]["clusters"]
+    (options,) = cluster["typed_extension_protocol_options"].values()
+    idle_seconds = float(options["common_http_protocol_options"]["idle_timeout"].removesuffix("s"))
+    assert idle_seconds <= DEFAULT_BOUNDS.idle - 10
 
 
 @pytest.mark.parametrize(
@@ -64,6 +74,7 @@ def test_thousands_of_requests_at_once_wait_for_the_sidecar(name: str) -> None:
         "filters/envoy-ext-authz-http.yaml",
         "../deploy/istio/workload.yaml",
         "../deploy/istio/gateway.yaml",
+        "edge/envoy.yaml",
         "llm-tokens/envoy.yaml",
         "llm-tokens/envoy-afterwards.yaml",
         "quotas/envoy.yaml",
