@@ -25,7 +25,8 @@ ALL_COMPILED_TESTS := $(addprefix tests/,crdt limiter replication server service
 # A file's tests run one after the other, files in the order of tests/conftest.py.
 IN_PARALLEL := --dist loadfile --no-loadscope-reorder
 # Many tests wait for something most of the time.
-PYTEST := $(BIN)/python -m pytest -n 4 $(IN_PARALLEL)
+PROCESSES := 4
+PYTEST := $(BIN)/python -m pytest -n $(PROCESSES) $(IN_PARALLEL)
 ALL_COMPILED_MARKS := not interpreted and not slow and not long and not deployment
 COMPILED_MARKS := $(ALL_COMPILED_MARKS) and not thorough
 SOURCES := setup.py pyproject.toml $(shell find ratelimit_sidecar third_party -name '*.py' -o -name '*.pyx' -o -name '*.[ch]')
@@ -61,8 +62,7 @@ test: $(READY) ## Lint, types, layers, all tests but the slow ones, and those of
 	./dev/system-packages test
 ifeq ($(TESTS),)
 	$(MAKE) --jobs 2 --output-sync=target lint collect
-	$(MAKE) --jobs 2 $(UNOPTIMIZED_READY) test-sources
-	$(MAKE) test-compiled
+	$(MAKE) --jobs 2 --output-sync=target test-sources test-compiled PROCESSES=3
 else
 	$(MAKE) lint
 	@echo "==> Tests"
@@ -94,9 +94,10 @@ differential: $(READY) ## Compare the answers of envoyproxy/ratelimit and the si
 	./dev/system-packages test-all
 	PYTHONPATH=tests $(BIN)/python -m differential $(DIFFERENTIAL)
 
+# By the plus its output is seen at once, and that of the other only when it is complete.
 test-sources: $(READY)
 	@echo "==> Tests"
-	$(PYTEST)
+	+$(PYTEST)
 
 # The demo needs a checkout, which what is compiled is not.
 test-compiled: $(UNOPTIMIZED_READY) ## The tests of what is compiled, on the compiled modules

@@ -33,8 +33,9 @@ variable "image" {
 }
 
 variable "replicas" {
-  type    = number
-  default = 2
+  description = "Envoys: at most three for each sidecar, also when one is away, since a sidecar takes 128 connections."
+  type        = number
+  default     = 2
 }
 
 variable "service_type" {
