@@ -62,7 +62,7 @@ test: $(READY) ## Lint, types, layers, all tests but the slow ones, and those of
 	./dev/system-packages test
 ifeq ($(TESTS),)
 	$(MAKE) --jobs 2 --output-sync=target lint collect
-	$(MAKE) --jobs 2 --output-sync=target test-sources test-compiled PROCESSES=3
+	$(MAKE) --jobs 2 --output-sync=target test-sources test-compiled
 else
 	$(MAKE) lint
 	@echo "==> Tests"

@@ -121,7 +121,7 @@ async def test_a_server_that_sends_what_was_refused_again_at_once_is_answered_ev
         for _ in range(5):
             assert (await server.heard()).error_detail.code == 3
             server.publish("1", broken("shop"))
-        assert asyncio.get_running_loop().time() - began >= 0.1 + 0.2 + 0.4 + 0.8
+        assert round(asyncio.get_running_loop().time() - began, 3) >= 1.5
         server.publish("2", config("shop", "user"))
         assert await recorder.next_load() == ["shop"]
 
