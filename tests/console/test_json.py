@@ -52,6 +52,17 @@ async def test_fields_may_be_spelt_as_in_the_proto_file_too() -> None:
     assert (await post(console, {**TENANT, "hits_addend": 3})).status_code == 429
 
 
+@pytest.mark.parametrize("field", ["isNegativeHits", "is_negative_hits"])
+async def test_nobody_gives_hits_back_without_the_token_that_a_refund_needs(field: str) -> None:
+    console = Console()
+    await post(console, {**TENANT, "hitsAddend": 2})
+    [descriptor] = TENANT["descriptors"]
+    response = await post(console, {**TENANT, "descriptors": [{**descriptor, "hitsAddend": 2, field: True}]})
+    assert response.status_code == 400
+    [bucket] = await console.buckets()
+    assert bucket["remaining"] == 0
+
+
 async def test_the_headers_of_the_request_reach_the_service() -> None:
     seen: list[tuple[bytes, bytes]] = []
 
