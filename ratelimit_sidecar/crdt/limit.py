@@ -29,7 +29,9 @@ would be denied than ought to be.
 """
 
 URGENT_SHARE: Final = 8
-"""A bucket with at most 1/8 of its capacity left is nearly used up: its changes are sent to peers at once."""
+"""A bucket with at most 1/8 of its capacity left is nearly used up. The take that makes it so is sent to peers at once,
+later ones with the next flush.
+"""
 
 MIN_STEPS_CAPACITY: Final = 32
 """From this capacity on, a bucket is also sent to peers early whenever a further 1/16 to 1/8 of it was taken. In a

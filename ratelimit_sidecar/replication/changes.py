@@ -142,7 +142,7 @@ class ChangeLog:
         return self._segments[index] if 0 <= index < len(self._segments) else None
 
     def is_overtaken(self, number: int) -> bool:
-        """Whether a later flush found changes than that of this segment: it may have newer counts of the same buckets,
+        """Whether a flush after that of this segment has found changes: these may be newer counts of the same buckets,
         which other nodes may have heard and passed on.
         """
         segment = self.get(number)

@@ -34,7 +34,9 @@ MAX_TIME_US: Final = 1 << 62
 """The latest slot or boundary, in the year 148,000. So they fit into the integers of any implementation."""
 
 MAX_SLOT_TOKENS: Final = 1 << 48
-"""Taken in one slot: 65,536 times the most that one request can ask for."""
+"""The most tokens that are told of one slot, as many as one descriptor can take (`limiter.MAX_HITS`). More are told as
+this many.
+"""
 
 MAX_FRAME_BUCKETS: Final = 1_024
 MAX_FRAME_ENTRIES: Final = 8_192

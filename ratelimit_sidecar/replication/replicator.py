@@ -40,8 +40,8 @@ part of what is sent, although each is sent again in its turn."""
 
 
 class Replicator:
-    """What one node does for all its peers together. Call `flush_steps` at each flush, and `compare_steps` every few
-    milliseconds.
+    """What one node does for all its peers together. Call `flush_steps` at each flush, and `compare_steps` every 20
+    ms.
 
     Args:
         now_us: the start of the process, or near it.

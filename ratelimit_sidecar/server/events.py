@@ -14,7 +14,7 @@ class Call:
         """The HTTP request; iterating over it yields the headers."""
         self.handler = handler
         self.message = b""
-        # While its message is incomplete, or the call is kept (`Connection.keep`): bytes so far, bytes counted in the
+        # While its message is incomplete, or its answer is deferred (`Connection.defer`): bytes so far, bytes counted in the
         # budget, when the call began, and when bytes were last received.
         self.body_bytes = 0
         self.held = 0
@@ -54,7 +54,7 @@ class StreamData:
 
 
 class StreamCancelled:
-    """The client has given up on a streaming call, or one that is kept for later; or its stream was reset."""
+    """The client has given up on a streaming call, or one whose answer is deferred; or its stream was reset."""
 
     def __init__(self, stream_id: int) -> None:
         self.stream_id = stream_id
