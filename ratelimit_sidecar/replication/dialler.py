@@ -53,7 +53,7 @@ class Dialler:
 
     Args:
         peers: `host:port`, as configured.
-        now_us: returns the time of a clock that never steps.
+        strict_us: returns the time of a clock that never steps.
         certificate: None to dial in plain text.
     """
 
@@ -64,7 +64,7 @@ class Dialler:
         replicator: Replicator,
         carry: Carry,
         progress: Progress,
-        now_us: Callable[[], int],
+        strict_us: Callable[[], int],
         resolver: Resolver,
         certificate: NodeCertificate | None,
         bounds: MeshBounds,
@@ -74,7 +74,7 @@ class Dialler:
         self._replicator = replicator
         self._carry = carry
         self._progress = progress
-        self._now_us = now_us
+        self._strict_us = strict_us
         self._resolver = resolver
         self._certificate = certificate
         self._bounds = bounds
@@ -144,7 +144,7 @@ class Dialler:
                     self._note_unresolved(name, "it has no addresses")
                 else:
                     found = [f"[{each}]:{port}" if ":" in each else f"{each}:{port}" for each in addresses]
-                    for target in self.targets.resolved(name, found, self._now_us()):
+                    for target in self.targets.resolved(name, found, self._strict_us()):
                         _log.info("peer_address_found", name=name.configured, address=target.address)
                         self._start(target, tasks)
             self._retire()
@@ -157,7 +157,7 @@ class Dialler:
         name.is_settled, name.error = True, why
 
     def _retire(self) -> None:
-        for target in self.targets.take_retired(self._now_us()):
+        for target in self.targets.take_retired(self._strict_us()):
             _log.info("peer_address_gone", address=target.address, peer=target.node)
             self._dialling.pop(target).cancel()
             if not self.targets.leads_to(target.node):
@@ -185,7 +185,7 @@ class Dialler:
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._bounds.parked):
                     await self._progress.until(lambda: not self.targets.is_reached_otherwise(target))
-        dialled_us = self._now_us()
+        dialled_us = self._strict_us()
         target.is_misconfigured = target.is_mute = False
         has_failed = False
         try:
@@ -208,7 +208,7 @@ class Dialler:
         else:
             has_failed = _has_failed(stream)
             self._note_ended(target, stream)
-        has_lasted = self._now_us() - dialled_us >= self._bounds.lasting * 1e6
+        has_lasted = self._strict_us() - dialled_us >= self._bounds.lasting * 1e6
         target.failed_dials = target.failed_dials + 1 if has_failed and not has_lasted else 0
         peer = self._replicator.peers.get(target.node)
         if peer is not None:

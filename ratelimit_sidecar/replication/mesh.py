@@ -98,7 +98,7 @@ class Mesh:
             replicator=self._replicator,
             carry=self._carry_dialled,
             progress=self._progress,
-            now_us=self._strict_us,
+            strict_us=self._strict_us,
             resolver=Resolver() if resolver is None else resolver,
             certificate=certificate,
             bounds=bounds,

@@ -14,8 +14,8 @@ class Call:
         """The HTTP request; iterating over it yields the headers."""
         self.handler = handler
         self.message = b""
-        # While its message is incomplete, or its answer is deferred (`Connection.defer`): bytes so far, bytes counted in the
-        # budget, when the call began, and when bytes were last received.
+        # While its message is incomplete, or its answer is deferred (`Connection.defer`): bytes so far, bytes counted
+        # in the budget, when the call began, and when bytes were last received.
         self.body_bytes = 0
         self.held = 0
         self.began_s = now_s
