@@ -17,6 +17,7 @@ import pytest_asyncio
 import yaml
 from e2e.sidecars import sidecar_command
 from envoy_data_plane.envoy.config.cluster.v3 import ClusterDiscoveryType
+from envoy_data_plane.envoy.extensions.upstreams.http.v3 import HttpProtocolOptions
 
 from deployment.cache import Unavailable
 from deployment.cluster import HOST, Cluster, cluster
@@ -163,11 +164,15 @@ async def test_authorization_asks_the_sidecar(installed: Installed) -> None:
         while True:
             listeners = await installed.istiod.listeners(installed.workload)
             inbound = next(each for each in listeners if each.name == "virtualInbound")
-            if EXT_AUTHZ in filters(inbound):
+            clusters = await installed.istiod.clusters(installed.workload)
+            asked = [each for each in clusters if each.name == "outbound|8081||ratelimit-sidecar.shop.internal"]
+            if EXT_AUTHZ in filters(inbound) and asked:
                 break
             await asyncio.sleep(0.2)
-    clusters = await installed.istiod.clusters(installed.workload)
     validate(installed.folder, listeners, clusters)
+    [options] = [HttpProtocolOptions.parse(each.value) for each in asked[0].typed_extension_protocol_options.values()]
+    http2 = options.explicit_http_config.http2_protocol_options
+    assert http2.max_outbound_control_frames == 100_000, "so that resets of others end no call to the sidecar"
 
 
 @pytest.mark.parametrize("native", ["true", "false"])
