@@ -108,6 +108,8 @@ class BoundedConnection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        # Of a connection that was reset uvicorn leaves this timer, and it holds the connection until it is over.
+        self._unset_keepalive_if_required()
         if self._deadline is not None:
             self._deadline.cancel()
 

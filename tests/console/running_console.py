@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import struct
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 
@@ -137,6 +139,12 @@ class Client:
 
     def close(self) -> None:
         self._writer.transport.abort()
+
+    def reset(self) -> None:
+        """Close it by RST, which the server sees as an error."""
+        linger = struct.pack("ii", 1, 0)
+        self._writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        self.close()
 
 
 @asynccontextmanager

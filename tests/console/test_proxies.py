@@ -182,3 +182,16 @@ async def test_a_connection_leaves_nothing_for_the_garbage_collection(sent: byte
             await until(lambda: not connections())
         finally:
             gc.enable()
+
+
+async def test_so_does_one_that_is_reset_while_it_is_idle() -> None:
+    async with running(proxies=ProxyPlaces(4, Turns())) as server:
+        gc.collect()
+        gc.disable()
+        try:
+            async with connect(server) as client:
+                await answered(client)
+                client.reset()
+            await until(lambda: not connections())
+        finally:
+            gc.enable()
