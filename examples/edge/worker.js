@@ -33,10 +33,11 @@ async function ask(request, env) {
       body: JSON.stringify({ domain: "edge", descriptors: descriptorsOf(request) }),
       signal: AbortSignal.timeout(Number(env.ASK_MS)),
     });
-    // 429 has an answer in it, too. With 400 it is the client that made a question of which nobody knows the answer.
+    // The client has made the question one that cannot be answered.
     if (response.status === 400) {
       return { overallCode: "OVER_LIMIT" };
     }
+    // 429 has an answer in it, too.
     return response.ok || response.status === 429 ? await response.json() : null;
   } catch {
     return null;

@@ -9,6 +9,7 @@ from itertools import count
 
 import pytest
 from console.running_console import GET, App, Client, connect, running, until
+from freed import frees_itself
 
 from ratelimit_sidecar.console.bounds import DEFAULT_BOUNDS
 from ratelimit_sidecar.console.proxies import ProxyConnection, ProxyPlaces
@@ -172,26 +173,18 @@ async def test_a_body_is_read_and_dropped() -> None:
 @pytest.mark.parametrize("sent", [GET, GET[:-5], POST + bytes(200_000), POST + bytes(5)])
 async def test_a_connection_leaves_nothing_for_the_garbage_collection(sent: bytes) -> None:
     async with running(proxies=ProxyPlaces(4, Turns())) as server:
-        gc.collect()
-        gc.disable()
-        try:
+        with frees_itself(ProxyConnection):
             async with connect(server) as client:
                 client.send(sent)
                 async with connect(server) as other:
                     await answered(other)
             await until(lambda: not connections())
-        finally:
-            gc.enable()
 
 
-async def test_so_does_one_that_is_reset_while_it_is_idle() -> None:
+async def test_nor_does_one_that_is_reset_while_it_is_idle() -> None:
     async with running(proxies=ProxyPlaces(4, Turns())) as server:
-        gc.collect()
-        gc.disable()
-        try:
+        with frees_itself(ProxyConnection):
             async with connect(server) as client:
                 await answered(client)
                 client.reset()
             await until(lambda: not connections())
-        finally:
-            gc.enable()

@@ -19,8 +19,13 @@ def read(name: str) -> Any:
     return yaml.safe_load((EXAMPLES / name).read_text())
 
 
+def envoy_config(name: str) -> Any:
+    """The Envoy configuration of an example; of an EnvoyFilter with its values where Istio puts them."""
+    config = read(name)
+    return with_patches(read("filters/envoy-ratelimit.yaml"), config) if config.get("kind") == "EnvoyFilter" else config
+
+
 def with_patches(bootstrap: Any, envoy_filter: Any) -> Any:
-    """The Envoy configuration with the values of an EnvoyFilter where Istio puts them."""
     patches = {patch["applyTo"]: patch["patch"] for patch in envoy_filter["spec"]["configPatches"]}
     resources = bootstrap["static_resources"]
     (network_filter,) = resources["listeners"][0]["filter_chains"][0]["filters"]
@@ -44,10 +49,7 @@ ASKS_THE_SIDECAR = [
 @pytest.mark.parametrize("name", ASKS_THE_SIDECAR)
 def test_thousands_of_requests_at_once_wait_for_the_sidecar(name: str) -> None:
     """Those that a circuit breaker refuses pass, and so do all on a connection that Envoy ends (docs/tuning.md)."""
-    config = read(name)
-    if config.get("kind") == "EnvoyFilter":
-        config = with_patches(read("filters/envoy-ratelimit.yaml"), config)
-    clusters = [each for each in config["static_resources"]["clusters"] if "sidecar" in each["name"]]
+    clusters = [each for each in envoy_config(name)["static_resources"]["clusters"] if "sidecar" in each["name"]]
     assert clusters
     for cluster in clusters:
         (threshold,) = cluster["circuit_breakers"]["thresholds"]
@@ -66,26 +68,10 @@ def test_who_asks_over_http_lets_go_of_an_idle_connection_before_the_console_doe
     assert idle_seconds <= DEFAULT_BOUNDS.idle - 10
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "filters/envoy-ratelimit.yaml",
-        "filters/envoy-ext-authz.yaml",
-        "filters/envoy-ext-authz-http.yaml",
-        "../deploy/istio/workload.yaml",
-        "../deploy/istio/gateway.yaml",
-        "edge/envoy.yaml",
-        "llm-tokens/envoy.yaml",
-        "llm-tokens/envoy-afterwards.yaml",
-        "quotas/envoy.yaml",
-    ],
-)
+@pytest.mark.parametrize("name", [*ASKS_THE_SIDECAR, "quotas/envoy.yaml"])
 def test_envoy_takes_an_example(tmp_path: Path, name: str) -> None:
-    config = read(name)
-    if config.get("kind") == "EnvoyFilter":
-        config = with_patches(read("filters/envoy-ratelimit.yaml"), config)
     file = tmp_path / "envoy.yaml"
-    file.write_text(yaml.safe_dump(config))
+    file.write_text(yaml.safe_dump(envoy_config(name)))
     argv = [find_envoy(), "--mode", "validate", "-c", str(file)]
     ran = subprocess.run(argv, check=False, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr

@@ -49,7 +49,9 @@ class Answer:
 def client_connection() -> h2.connection.H2Connection:
     """A client's side of a connection, which sends whatever headers it is told to."""
     client = h2.connection.H2Connection(
-        h2.config.H2Configuration(header_encoding=None, validate_outbound_headers=False)
+        h2.config.H2Configuration(
+            header_encoding=None, normalize_outbound_headers=False, validate_outbound_headers=False
+        )
     )
     # h2 regards a connection as closed once it is told to go; RFC 9113 (6.8) has it finish the open streams.
     machine = client.state_machine
