@@ -20,12 +20,12 @@ COMPILED_TESTS := $(addprefix tests/,crdt limiter/test_limiter.py limiter/test_m
 	limiter/test_answers.py limiter/test_waiting.py limiter/test_give_back.py \
 	limiter/test_quota.py::test_whatever_happens_a_node_assigns_no_more_than_the_limit conformance/test_corpus.py \
 	services/test_ext_authz_any_input.py server/test_sessions.py server/test_messages.py server/test_grpc_front_end.py \
-	replication/test_mesh.py replication/test_session.py e2e/test_one_limit.py)
+	replication/test_mesh.py replication/test_session.py)
 ALL_COMPILED_TESTS := $(addprefix tests/,crdt limiter replication server services simulation conformance e2e telemetry/test_traces.py)
 # A file's tests run one after the other, files in the order of tests/conftest.py.
 IN_PARALLEL := --dist loadfile --no-loadscope-reorder
 # Many tests wait for something most of the time.
-PYTEST := $(BIN)/python -m pytest -n 4 $(IN_PARALLEL)
+PYTEST := $(BIN)/python -m pytest -n 3 $(IN_PARALLEL)
 ALL_COMPILED_MARKS := not interpreted and not slow and not long and not deployment
 COMPILED_MARKS := $(ALL_COMPILED_MARKS) and not thorough
 SOURCES := setup.py pyproject.toml $(shell find ratelimit_sidecar third_party -name '*.py' -o -name '*.pyx' -o -name '*.[ch]')

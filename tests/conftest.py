@@ -15,8 +15,8 @@ import uvloop
 from hypothesis import Phase, settings
 
 # No deadline: on a busy machine a slow example says nothing about the code.
-settings.register_profile("default", deadline=None, max_examples=30)
-settings.register_profile("quick", deadline=None, max_examples=15)
+settings.register_profile("default", deadline=None, max_examples=20)
+settings.register_profile("quick", deadline=None, max_examples=10)
 settings.register_profile("thorough", deadline=None, max_examples=100)
 # Of what fails nobody reads the example (dev/mutations).
 settings.register_profile(

@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
+import importlib
+
 import click
 
 from ratelimit_sidecar import __version__
-from ratelimit_sidecar.cli.check import check
-from ratelimit_sidecar.cli.demo import demo
-from ratelimit_sidecar.cli.explain import explain
-from ratelimit_sidecar.cli.log_level import log_level
-from ratelimit_sidecar.cli.peers import peers
-from ratelimit_sidecar.cli.refund import grant, reset
-from ratelimit_sidecar.cli.serve import serve
+
+_MODULES = {
+    "serve": "serve",
+    "check": "check",
+    "demo": "demo",
+    "explain": "explain",
+    "peers": "peers",
+    "reset": "refund",
+    "grant": "refund",
+    "log-level": "log_level",
+}
+"""Where a subcommand is, by its name."""
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+class _LazyGroup(click.Group):
+    """Imports a subcommand when it is called: `peers` need not wait a second for all that `serve` consists of.
+
+    As in click's documentation, "Lazily Loading Subcommands".
+    """
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(_MODULES)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name not in _MODULES:
+            return None
+        module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
+        command: click.Command = getattr(module, name.replace("-", "_"))
+        return command
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(__version__, package_name="ratelimit-sidecar")
 def main() -> None:
     """A rate limiter for Envoy and Istio that answers from memory and shares its limits between regions."""
-
-
-main.add_command(serve)
-main.add_command(check)
-main.add_command(demo)
-main.add_command(explain)
-main.add_command(peers)
-main.add_command(reset)
-main.add_command(grant)
-main.add_command(log_level)

@@ -14,17 +14,9 @@ from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateL
 _TABLE_BITS: Final = 14
 _TABLE_MASK: Final = (1 << _TABLE_BITS) - 1
 
-
-def _varint(number: int) -> bytes:
-    out = bytearray()
-    while number > 0x7F:
-        out.append(number & 0x7F | 0x80)
-        number >>= 7
-    out.append(number)
-    return bytes(out)
-
-
-_LAST: Final = tuple(_varint(number) for number in range(1 << _TABLE_BITS))
+_LAST: Final = tuple(
+    bytes((number,) if number <= 0x7F else (number & 0x7F | 0x80, number >> 7)) for number in range(1 << _TABLE_BITS)
+)
 """Varints of numbers below 2**14."""
 
 _MORE: Final = tuple(bytes((number & 0x7F | 0x80, number >> 7 | 0x80)) for number in range(1 << _TABLE_BITS))

@@ -173,9 +173,9 @@ def test_a_variable_that_means_the_same_is_set_as_there(tmp_path: Path, variable
 
 
 @pytest.mark.parametrize("variable", sorted(of_kind(ReplacedBy, NotNeeded)))
-@pytest.mark.parametrize("value", ["true", "any text", "0"])
-def test_a_variable_that_means_nothing_here_keeps_nobody_from_starting(variable: str, value: str) -> None:
-    assert load_sidecar_config(None, {variable: value}) == load_sidecar_config(None, {})
+def test_a_variable_that_means_nothing_here_keeps_nobody_from_starting(variable: str) -> None:
+    for value in ("true", "any text", "0"):
+        assert load_sidecar_config(None, {variable: value}) == load_sidecar_config(None, {})
 
 
 def test_the_metrics_that_the_page_names_are_there() -> None:

@@ -18,15 +18,15 @@ What a case does not mention is not checked.
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-FOLDER = Path(__file__).parent
+FILES = sorted(Path(__file__).parent.glob("*.yaml"))
 
 RULES_NAME = "rules.yaml"
 """Name of the file with a case's `rules`."""
@@ -156,6 +156,9 @@ class Case(_Part):
     not_counted: tuple[str, ...] = ()
     problems: tuple[ExpectedProblem, ...] = ()
 
+    def __hash__(self) -> int:
+        return hash(self.case)
+
     @model_validator(mode="after")
     def _is_whole(self) -> Case:
         assert bool(self.requests) != bool(self.problems), "a case has requests or problems"
@@ -175,7 +178,6 @@ class Case(_Part):
         return str(yaml.safe_load(found[1])) if found else ""
 
 
-def cases() -> Iterator[Case]:
-    for file in sorted(FOLDER.glob("*.yaml")):
-        for item in yaml.load(file.read_text(), yaml.CSafeLoader):
-            yield Case.model_validate(item)
+@functools.cache
+def cases_of(file: Path) -> tuple[Case, ...]:
+    return tuple(Case.model_validate(item) for item in yaml.load(file.read_text(), yaml.CSafeLoader))

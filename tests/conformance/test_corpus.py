@@ -7,6 +7,8 @@ Time is the test's own. A front end lives as long as the module; each case gives
 from __future__ import annotations
 
 import asyncio
+import functools
+import tempfile
 import warnings
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -21,7 +23,7 @@ import pytest
 import pytest_asyncio
 import yaml
 from conformance.answers import Answer, Refusal, answer_of, check, message_of
-from conformance.corpus import Case, cases
+from conformance.corpus import FILES, Case, cases_of
 from google.protobuf.json_format import MessageToJson, ParseDict
 from prometheus_client import CollectorRegistry
 from server.front_ends import KINDS, Tls, channel_to, independent_channel_to, running
@@ -37,6 +39,7 @@ from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2_grpc import 
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.request import InvalidRequest
 from ratelimit_sidecar.limiter.rules import Rules
+from ratelimit_sidecar.limiter.settings import AnswerSettings
 from ratelimit_sidecar.rules_source.reloader import Reloader
 from ratelimit_sidecar.server.rpc import Metadata
 from ratelimit_sidecar.services.ratelimit import SERVICE_NAME, RateLimitService
@@ -49,9 +52,8 @@ with warnings.catch_warnings():
 
 on_the_loop_of_the_module = pytest.mark.asyncio(loop_scope="module")
 
-ALL = tuple(cases())
-ANSWERED = [pytest.param(case, id=case.case) for case in ALL if case.requests]
-BROKEN = [pytest.param(case, id=case.case) for case in ALL if case.problems]
+in_each_file = pytest.mark.parametrize("file", [pytest.param(file, id=file.stem) for file in FILES])
+"""A test has all cases of a file, as to set up and report each by itself takes longer than to play it."""
 
 START_US = 15_330 * 86_400 * 1_000_000
 """Windows of seven, of thirty and of 365 days begin here: 15,330 is their least common multiple."""
@@ -94,22 +96,35 @@ class Stage:
         return self.subject.should_rate_limit(request, metadata)
 
 
-def subject_of(case: Case, folder: Path) -> Subject:
+@functools.cache
+def loaded(case: Case) -> tuple[Rules, AnswerSettings]:
     """Read what the case says as the sidecar does.
 
     Raises:
         ConfigError: the rules are broken.
     """
-    rules_folder = folder / "rules"
-    rules_folder.mkdir()
-    for name, text in case.all_files.items():
-        (rules_folder / name).write_text(text)
-    (folder / "sidecar.yaml").write_text(yaml.safe_dump({"rules": ["rules"], **case.config}))
-    config = load_sidecar_config(folder / "sidecar.yaml", case.environment)
-    rules = load_rules(
-        config.rules, default_rule=config.bucket, defaults=config.rule_defaults, merge_domains=config.merge_domains
-    )
-    return Subject(Limiter(rules, Origin("node", 1), config.settings))
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root)
+        rules_folder = folder / "rules"
+        rules_folder.mkdir()
+        for name, text in case.all_files.items():
+            (rules_folder / name).write_text(text)
+        (folder / "sidecar.yaml").write_text(yaml.safe_dump({"rules": ["rules"], **case.config}))
+        config = load_sidecar_config(folder / "sidecar.yaml", case.environment)
+        rules = load_rules(
+            config.rules, default_rule=config.bucket, defaults=config.rule_defaults, merge_domains=config.merge_domains
+        )
+        return rules, config.settings
+
+
+def subject_of(case: Case) -> Subject:
+    """A limiter of its own, with nothing taken."""
+    rules, settings = loaded(case)
+    return Subject(Limiter(rules, Origin("node", 1), settings))
+
+
+def answered(file: Path) -> list[Case]:
+    return [case for case in cases_of(file) if case.requests]
 
 
 async def play(case: Case, subject: Subject, ask: Ask) -> None:
@@ -220,67 +235,78 @@ async def json_client(stage: Stage) -> AsyncIterator[Ask]:
 
 
 @on_the_loop_of_the_module
-@pytest.mark.parametrize("case", ANSWERED)
-async def test_the_decision_is_as_the_case_says(case: Case, tmp_path: Path) -> None:
-    subject = subject_of(case, tmp_path)
+@in_each_file
+async def test_the_decision_is_as_the_case_says(file: Path, subtests: pytest.Subtests) -> None:
+    for case in answered(file):
+        subject = subject_of(case)
 
-    async def ask(request: RateLimitRequest) -> Answer | Refusal:
-        try:
-            raw = subject.limiter.decide(request.SerializeToString(), subject.now_us)
-        except InvalidRequest as error:
-            return Refusal(str(error))
-        return answer_of(RateLimitResponse.FromString(raw))
+        async def ask(request: RateLimitRequest, subject: Subject = subject) -> Answer | Refusal:
+            try:
+                raw = subject.limiter.decide(request.SerializeToString(), subject.now_us)
+            except InvalidRequest as error:
+                return Refusal(str(error))
+            return answer_of(RateLimitResponse.FromString(raw))
 
-    await play(case, subject, ask)
+        with subtests.test(case.case):
+            await play(case, subject, ask)
 
-    counted = {name: counts for (domain, name), counts in subject.limiter.counts.items() if domain == case.domain}
-    for name, expected in case.counts.items():
-        mentioned = expected.model_dump(exclude_none=True)
-        attributes = {count: count if count == "total_hits" else f"{count}_hits" for count in mentioned}
-        assert {count: getattr(counted[name], attribute) for count, attribute in attributes.items()} == mentioned
-    assert not set(case.not_counted) & set(counted)
+            found = {name: counts for (domain, name), counts in subject.limiter.counts.items() if domain == case.domain}
+            for name, expected in case.counts.items():
+                mentioned = expected.model_dump(exclude_none=True)
+                attributes = {count: count if count == "total_hits" else f"{count}_hits" for count in mentioned}
+                assert {count: getattr(found[name], attribute) for count, attribute in attributes.items()} == mentioned
+            assert not set(case.not_counted) & set(found)
+
+
+async def assert_answers(file: Path, ask: Ask, stage: Stage, subtests: pytest.Subtests) -> None:
+    for case in answered(file):
+        with subtests.test(case.case):
+            stage.subject = subject_of(case)
+            await play(case, stage.subject, ask)
 
 
 @on_the_loop_of_the_module
-@pytest.mark.parametrize("case", ANSWERED)
+@in_each_file
 async def test_a_front_end_answers_as_the_case_says(
-    case: Case, official_client: Ask, stage: Stage, tmp_path: Path
+    file: Path, official_client: Ask, stage: Stage, subtests: pytest.Subtests
 ) -> None:
-    stage.subject = subject_of(case, tmp_path)
-    await play(case, stage.subject, official_client)
+    await assert_answers(file, official_client, stage, subtests)
 
 
 @on_the_loop_of_the_module
-@pytest.mark.parametrize("case", ANSWERED)
+@in_each_file
 async def test_an_independent_client_is_answered_as_the_case_says(
-    case: Case, independent_client: Ask, stage: Stage, tmp_path: Path
+    file: Path, independent_client: Ask, stage: Stage, subtests: pytest.Subtests
 ) -> None:
-    stage.subject = subject_of(case, tmp_path)
-    await play(case, stage.subject, independent_client)
+    await assert_answers(file, independent_client, stage, subtests)
 
 
 @on_the_loop_of_the_module
-@pytest.mark.parametrize("case", ANSWERED)
+@in_each_file
 async def test_the_answer_in_json_is_as_the_case_says(
-    case: Case, json_client: Ask, stage: Stage, tmp_path: Path
+    file: Path, json_client: Ask, stage: Stage, subtests: pytest.Subtests
 ) -> None:
-    stage.subject = subject_of(case, tmp_path)
-    await play(case, stage.subject, json_client)
+    await assert_answers(file, json_client, stage, subtests)
 
 
-@pytest.mark.parametrize("case", BROKEN)
-def test_what_is_wrong_with_rules_is_said_where_it_stands(case: Case, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError) as caught:
-        subject_of(case, tmp_path)
-    found = [
-        (Path(problem.file).name, f"{problem.line}:{problem.column}", problem.key) for problem in caught.value.problems
-    ]
-    assert found == [(problem.file, problem.at, problem.key) for problem in case.problems], str(caught.value)
-    for expected, problem in zip(case.problems, caught.value.problems, strict=True):
-        assert all(part in problem.message for part in expected.says), problem.message
+@in_each_file
+def test_what_is_wrong_with_rules_is_said_where_it_stands(file: Path, subtests: pytest.Subtests) -> None:
+    for case in cases_of(file):
+        if not case.problems:
+            continue
+        with subtests.test(case.case):
+            with pytest.raises(ConfigError) as caught:
+                loaded(case)
+            found = [
+                (Path(problem.file).name, f"{problem.line}:{problem.column}", problem.key)
+                for problem in caught.value.problems
+            ]
+            assert found == [(problem.file, problem.at, problem.key) for problem in case.problems], str(caught.value)
+            for expected, problem in zip(case.problems, caught.value.problems, strict=True):
+                assert all(part in problem.message for part in expected.says), problem.message
 
 
 def test_the_corpus_has_every_case_once_and_is_as_large_as_it_should_be() -> None:
-    names = Counter(case.case for case in ALL)
+    names = Counter(case.case for file in FILES for case in cases_of(file))
     assert [name for name, times in names.items() if times > 1] == []
-    assert len(ALL) >= 120
+    assert names.total() >= 120

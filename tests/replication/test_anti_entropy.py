@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Generator, Iterable
 from itertools import pairwise
@@ -279,14 +280,14 @@ def hear(exchange: Exchange, peer: Peer, frame: pb.Digest | pb.Summary | pb.Pull
 def keys_of_range(number: int, count: int) -> list[bytes]:
     """So many keys of one range. A checksum is linear: two more bytes take any key there."""
     stems = [index.to_bytes(4, "big") for index in range(count)]
-    return [stem + ENDS[range_of(stem + bytes(2)) ^ number] for stem in stems]
+    return [stem + ends()[range_of(stem + bytes(2)) ^ number] for stem in stems]
 
 
-ENDS = {
-    range_of(bytes(4) + end) ^ range_of(bytes(6)): end
-    for end in (number.to_bytes(2, "big") for number in range(1 << 16))
-}
-"""The last two bytes of a key, by how they change its range."""
+@functools.cache
+def ends() -> dict[int, bytes]:
+    """The last two bytes of a key, by how they change its range."""
+    found = (number.to_bytes(2, "big") for number in range(1 << 16))
+    return {range_of(bytes(4) + end) ^ range_of(bytes(6)): end for end in found}
 
 
 def store_with(keys: Iterable[bytes], at_us: int, limit: TokenBucketLimit = PER_USER) -> Store:
