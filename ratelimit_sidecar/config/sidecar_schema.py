@@ -539,7 +539,7 @@ class AnswersConfig(Section):
     all_limits: Flag = Field(
         _SETTINGS.all_limits,
         description="Show callers in every answer all limits that the request met, in the lists `RateLimit-Policy` and"
-        " `RateLimit` of draft-ietf-httpapi-ratelimit-headers.",
+        " `RateLimit` of draft-ietf-httpapi-ratelimit-headers. A name of more than 128 characters is cut.",
     )
     dynamic_metadata: Annotated[Flag, flag("RESPONSE_DYNAMIC_METADATA")] = Field(
         _SETTINGS.dynamic_metadata,

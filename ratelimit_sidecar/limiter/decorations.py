@@ -30,6 +30,10 @@ MAX_SHOWN_CHARS: Final = 1_024
 """The longest text of a request in dynamic metadata. Envoy takes no answer of more than 4 MiB, and callers may send
 long headers that are copied into many descriptors.
 """
+MAX_NAME_CHARS: Final = 128
+"""The longest name of a limit in a list header. Over HTTP/1.1 Envoy takes no answer with more than 60 KiB of headers,
+and lets the request pass. A rule's name is its whole path, and a request may meet many rules.
+"""
 _MAX_UINT32: Final = 2**32 - 1
 _OLD_HEADERS: Final = ResponseHeaders()
 
@@ -139,7 +143,7 @@ def _add_list_headers(response: RateLimitResponse, limits: Sequence[_LimitMet]) 
     """Add the lists of draft-ietf-httpapi-ratelimit-headers-10, with an item for each limit."""
     policies, levels = [], []
     for met in limits:
-        name, bucket = _structured_string(met.rule.limit_name or met.rule.name), met.bucket
+        name, bucket = _structured_string((met.rule.limit_name or met.rule.name)[:MAX_NAME_CHARS]), met.bucket
         again_us = met.retry_after_us if met.is_denied else bucket.full_in_us
         policies.append(f"{name};q={bucket.limit.capacity};w={_window_seconds(bucket.limit)}")
         levels.append(f"{name};r={bucket.remaining};t={_seconds(again_us)}")

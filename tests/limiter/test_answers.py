@@ -15,6 +15,7 @@ from ratelimit_sidecar.crdt.shares import Membership, Shares
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
 from ratelimit_sidecar.envoy_api.envoy.type.v3.ratelimit_unit_pb2 import RateLimitUnit
 from ratelimit_sidecar.limiter.counts import MAX_NAMES
+from ratelimit_sidecar.limiter.decorations import MAX_NAME_CHARS
 from ratelimit_sidecar.limiter.key import rule_key
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.rules import Charge, Consistency, Rule, RuleNode, Rules, Unit, limit_of_rate
@@ -237,6 +238,16 @@ def test_all_limits_that_a_request_met_can_be_told_of_in_every_answer(retry_afte
     assert admitted == {"RateLimit-Policy": policy, "RateLimit": '"wide";r=9;t=6, "api.b";r=1;t=60'}
     assert denied == {"RateLimit-Policy": policy, "RateLimit": '"wide";r=7;t=18, "api.b";r=0;t=60'}
     assert headers_of(decide(limiter, make_request({"unknown": "1"}))) == {}
+
+
+def test_names_of_limits_are_cut_in_lists_lest_a_proxy_refuse_the_answer() -> None:
+    limiter = make_limiter(
+        rules_of(*(rule(f"{number}{'a' * 2_000}") for number in range(64))), AnswerSettings(all_limits=True)
+    )
+    entries = [{f"{number}{'a' * 2_000}": "1"} for number in range(64)]
+    headers = headers_of(decide(limiter, make_request(*entries)))
+    assert headers["RateLimit"].startswith(f'"{"api.0" + "a" * (MAX_NAME_CHARS - 5)}";r=')
+    assert sum(map(len, headers.values())) < 24 * 1_024
 
 
 def test_a_denial_has_the_rules_body_and_an_admission_has_none() -> None:
