@@ -25,7 +25,7 @@ ALL_COMPILED_TESTS := $(addprefix tests/,crdt limiter replication server service
 # A file's tests run one after the other, files in the order of tests/conftest.py.
 IN_PARALLEL := --dist loadfile --no-loadscope-reorder
 # Many tests wait for something most of the time.
-PYTEST := $(BIN)/python -m pytest -n 3 $(IN_PARALLEL)
+PYTEST := $(BIN)/python -m pytest -n 4 $(IN_PARALLEL)
 ALL_COMPILED_MARKS := not interpreted and not slow and not long and not deployment
 COMPILED_MARKS := $(ALL_COMPILED_MARKS) and not thorough
 SOURCES := setup.py pyproject.toml $(shell find ratelimit_sidecar third_party -name '*.py' -o -name '*.pyx' -o -name '*.[ch]')
