@@ -128,6 +128,12 @@ local function make_room(count)
   for i = 1, #found, 2 do drop(found[i], found[i + 1]) end
 end
 
+local function known_full(name, class)
+  -- In how many seconds the bucket is full by what was told so far.
+  local due = math.floor(tonumber(redis.call('ZSCORE', held, class .. ':' .. name) or '0'))
+  return math.max(0, due - FULL_FOR - math.floor(now_here / 1000000))
+end
+
 local function hold(key, index, name, class, full, is_larger)
   -- Until when the bucket stays at least, and the places it takes.
   local member = class .. ':' .. name
@@ -353,11 +359,8 @@ local function share(key, index, name, told)
   end
   live_on(key, index, life, ttl)
   if not is_quiet then
-    if #others > 0 then
-      -- The sidecar does not know of these yet: full after both.
-      local due = math.floor(tonumber(redis.call('ZSCORE', held, class .. ':' .. name) or '0'))
-      full = full + math.max(0, due - FULL_FOR - math.floor(now_here / 1000000))
-    end
+    -- The sidecar does not know of these yet: full after both.
+    if #others > 0 then full = full + known_full(name, class) end
     hold(key, index, name, class, math.min(full, math.ceil(ttl / 1000)), is_larger)
   end
   return mark .. id .. ';' .. (base or '') .. ';' .. table.concat(others, ' ')
@@ -420,7 +423,9 @@ local function receive(key, index, name, text)
   end
   if #news > 0 then write(key, index, fields, news, keep_text, keep, oldest) end
   live_on(key, index, life, ttl)
-  hold(key, index, name, class, math.min(tonumber(told[4]), math.ceil(ttl / 1000)), #news > 0)
+  -- A gateway that is new may not have read yet what was taken here.
+  local full = math.max(tonumber(told[4]), known_full(name, class))
+  hold(key, index, name, class, math.min(full, math.ceil(ttl / 1000)), #news > 0)
   return answer
 end
 

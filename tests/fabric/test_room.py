@@ -340,6 +340,16 @@ async def test_what_other_regions_took_has_places_as_well(server: RedisServer) -
         assert await a.knows_of(b"other x") == 5
 
 
+async def test_a_gateway_that_has_not_read_what_was_taken_here_shortens_no_buckets_stay(server: RedisServer) -> None:
+    async with two(server, most=200) as (a, _, client):
+        a.take(b"other x", 80)
+        await a.share()
+        [due] = (await held(client)).values()
+        await tell(client, [b"other x"])
+        [later] = (await held(client)).values()
+        assert int(later) >= int(due)
+
+
 @pytest.mark.parametrize("share", [0, 1])
 async def test_keys_that_other_sidecars_invent_leave_room_to_what_other_regions_took(
     server: RedisServer, share: int
