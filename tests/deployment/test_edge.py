@@ -108,11 +108,15 @@ async def test_an_edge_of_one_continent_denies_what_was_used_up_at_that_of_anoth
 async def test_who_may_ask_and_what_is_done_when_nobody_answers(tmp_path: Path) -> None:
     async with running(tmp_path, "edge", "llm-tokens/model.py", ["envoy"]) as clients:
         proxy, upstream = clients["envoy"], str(clients["upstream"].base_url)
-        body = {"domain": "edge", "descriptors": [{"entries": [{"key": "api_key", "value": "eve"}]}]}
-        assert (await proxy.post("/json", json=body)).status_code == 403
-        mine = {"authorization": f"Bearer {TOKEN}"}
-        assert (await proxy.post("/json", json=body, headers=mine)).status_code == 200
-        assert (await proxy.get("/buckets", headers=mine)).status_code == 403
+        about = {"x-edge-address": "198.51.100.1"}
+        mine = {"authorization": f"Bearer {TOKEN}", **about}
+        assert (await proxy.post("/ask", headers=about)).status_code == 403
+        for path in ("/ask", "/buckets"):
+            assert (await proxy.get(path, headers=mine)).status_code == 403
+        assert (await proxy.post("/ask", headers=mine)).status_code == 200
+        # Those that were refused were charged nothing.
+        [bucket] = (await clients["console"].get("/buckets")).json()["buckets"]
+        assert bucket["remaining"] == 599
         nobody = f"http://{HOST}:{free_ports(1).upstream}"
         async with httpx.AsyncClient(trust_env=False, timeout=60) as client:
             async with edge({"*": nobody}, "EU", upstream) as url:
@@ -130,7 +134,7 @@ async def test_whatever_a_client_makes_of_its_key_is_asked_about_and_of_two_keys
         ) as url,
     ):
         assert await status_of(url, b"eve") == 200
-        # In JSON it is six times as long.
+        # As a header it is three times as long.
         assert await status_of(url, b"\x01" * 45_000) == 200
         # What is cut off is a half of the last character.
         halved = b"a" * 255 + "\U0001f600".encode()

@@ -43,7 +43,7 @@ module "edge_us" {
   count               = contains(keys(var.edge_certificates), "us-east-1") ? 1 : 0
   providers           = { kubernetes = kubernetes.us }
   namespace           = module.us.namespace
-  http_service        = module.us.http_service
+  address             = module.us.address
   token               = var.edge_token
   service_annotations = local.edges["us-east-1"]
   service_port        = 443
@@ -92,7 +92,7 @@ module "edge_eu" {
   count               = contains(keys(var.edge_certificates), "eu-west-2") ? 1 : 0
   providers           = { kubernetes = kubernetes.eu }
   namespace           = module.eu.namespace
-  http_service        = module.eu.http_service
+  address             = module.eu.address
   token               = var.edge_token
   service_annotations = local.edges["eu-west-2"]
   service_port        = 443
@@ -141,7 +141,7 @@ module "edge_ap" {
   count               = contains(keys(var.edge_certificates), "ap-southeast-1") ? 1 : 0
   providers           = { kubernetes = kubernetes.ap }
   namespace           = module.ap.namespace
-  http_service        = module.ap.http_service
+  address             = module.ap.address
   token               = var.edge_token
   service_annotations = local.edges["ap-southeast-1"]
   service_port        = 443

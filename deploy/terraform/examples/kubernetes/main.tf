@@ -88,7 +88,7 @@ module "edge" {
   source       = "../../modules/edge"
   count        = nonsensitive(var.edge_token == null) ? 0 : 1
   namespace    = module.region[sort(var.regions)[0]].namespace
-  http_service = module.region[sort(var.regions)[0]].http_service
+  address      = module.region[sort(var.regions)[0]].address
   token        = var.edge_token
   service_type = "ClusterIP"
 }

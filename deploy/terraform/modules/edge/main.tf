@@ -1,4 +1,4 @@
-# Envoys that let edge functions ask the sidecars: POST /json with the token, and nothing else (docs/edge.md).
+# Envoys that let edge functions ask the sidecars: POST /ask with the token, and nothing else (docs/edge.md).
 
 terraform {
   required_version = ">= 1.7"
@@ -12,8 +12,8 @@ variable "namespace" {
   type        = string
 }
 
-variable "http_service" {
-  description = "The region module's output of that name."
+variable "address" {
+  description = "The region module's output of that name: where its sidecars are asked."
   type        = string
 }
 
@@ -33,7 +33,7 @@ variable "image" {
 }
 
 variable "replicas" {
-  description = "Envoys: at most three for each sidecar, also when one is away, since a sidecar takes 128 connections."
+  description = "Envoys."
   type        = number
   default     = 2
 }
@@ -62,7 +62,7 @@ locals {
   # The configuration that tests run, with addresses of a cluster.
   example = yamldecode(file("${path.module}/../../../../examples/edge/envoy.yaml"))
   listen  = { socket_address = { address = "0.0.0.0", port_value = local.port } }
-  sidecar = { socket_address = { address = "${var.http_service}.${var.namespace}.svc.cluster.local", port_value = 8080 } }
+  sidecar = { socket_address = { address = split(":", var.address)[0], port_value = tonumber(split(":", var.address)[1]) } }
   envoy = {
     static_resources = {
       listeners = [merge(local.example.static_resources.listeners[0], { address = local.listen })]

@@ -7,7 +7,3 @@ output "address" {
   value       = "${local.fullname}.${var.namespace}.svc.cluster.local:8081"
 }
 
-output "http_service" {
-  description = "The service whose port 8080 answers POST /json."
-  value       = "${local.fullname}-mesh"
-}

@@ -1,9 +1,9 @@
 mock_provider "kubernetes" {}
 
 variables {
-  namespace    = "ratelimit"
-  http_service = "rl-ratelimit-sidecar-mesh"
-  token        = "0123456789abcdef0123456789abcdef"
+  namespace = "ratelimit"
+  address   = "rl-ratelimit-sidecar.ratelimit.svc.cluster.local:8081"
+  token     = "0123456789abcdef0123456789abcdef"
 }
 
 run "it_asks_the_sidecars_and_knows_the_token" {
@@ -13,7 +13,7 @@ run "it_asks_the_sidecars_and_knows_the_token" {
   }
   assert {
     condition = strcontains(
-      nonsensitive(kubernetes_secret_v1.this.data["envoy.yaml"]), "rl-ratelimit-sidecar-mesh.ratelimit.svc.cluster.local"
+      nonsensitive(kubernetes_secret_v1.this.data["envoy.yaml"]), "rl-ratelimit-sidecar.ratelimit.svc.cluster.local\",\"port_value\":8081"
     )
     error_message = "It asks the sidecars of its region."
   }
