@@ -56,7 +56,7 @@ from ratelimit_sidecar.persistence.purse_file import PurseFile
 from ratelimit_sidecar.persistence.snapshot_file import SnapshotFile
 from ratelimit_sidecar.replication.bounds import DEFAULT_BOUNDS as MESH_BOUNDS
 from ratelimit_sidecar.replication.bounds import MeshBounds
-from ratelimit_sidecar.replication.demands import Demands
+from ratelimit_sidecar.replication.demands import QuotaDemands
 from ratelimit_sidecar.replication.mesh import Mesh
 from ratelimit_sidecar.replication.payments import PaymentExchange
 from ratelimit_sidecar.replication.tls import NodeCertificate
@@ -201,7 +201,7 @@ class Sidecar:
             self._tracing.tracer,
         )
         if self._redis is not None:
-            self._mesh.read_changes(self._redis.note)
+            self._mesh.subscribe_changes(self._redis.note)
         self._purses: PurseFile | None = None
         if config.persistence is not None and config.persistence.file is not None:
             self._purses = PurseFile(config.persistence.file, self.limiter.ledger)
@@ -270,7 +270,7 @@ class Sidecar:
             certificate=None if config.sync.tls is None else NodeCertificate(config.sync.tls),
             tracer=self._tracing.tracer,
             payments=PaymentExchange(ledger, self._strict_us) if ledger is not None and has_streams else None,
-            demands=Demands(self._quotas.quotas, self._strict_us),
+            demands=QuotaDemands(self._quotas.quotas, self._strict_us),
             supervisor=self._supervisor,
             bounds=bounds,
         )
@@ -291,7 +291,7 @@ class Sidecar:
             ledger=self.limiter.ledger if isinstance(self.limiter.ledger, GrantLedger) else None,
             strict_us=self._strict_us,
         )
-        self._mesh.read_changes(fabric.note)
+        self._mesh.subscribe_changes(fabric.note)
         return fabric
 
     def _make_gateway(self, store: Store, payments: PaymentExchange | None, bounds: MeshBounds) -> Mesh:
@@ -567,7 +567,7 @@ class Sidecar:
     async def _replicate(self) -> None:
         if not self.reloader.has_rules.is_set():
             # Peers send their whole state at the start of a stream, and a node keeps only state for which it has rules.
-            await self._mesh.wait(self.reloader.has_rules)
+            await self._mesh.flush_until(self.reloader.has_rules)
             await self._start_mesh()
         await self._mesh.run()
 
@@ -591,7 +591,7 @@ class Sidecar:
             await asyncio.wait([self._restoring])
             self._health.changed()
         begun_s = time.monotonic()
-        if not await self._mesh.joined(JOIN_SECONDS, MAX_JOIN_SECONDS):
+        if not await self._mesh.wait_joined(JOIN_SECONDS, MAX_JOIN_SECONDS):
             waited_s = round(time.monotonic() - begun_s, 1)
             _log.warning("not_joined", waited_seconds=waited_s, peers=self._config.sync.peers)
         self._joined = True
@@ -651,7 +651,7 @@ class Sidecar:
     async def _slew(self) -> None:
         while True:
             await asyncio.sleep(SLEW_SECONDS)
-            stepped_us = self.clock.slew(self._mesh.clocks_ahead_us())
+            stepped_us = self.clock.discipline(self._mesh.clocks_ahead_us())
             if stepped_us:
                 self._note_step(stepped_us)
 

@@ -57,12 +57,14 @@ class Clock:
         self.steps_forward = self.steps_back = 0
 
     def now_us(self) -> int:
-        """Microseconds since the epoch; never less than in the call before, except after a step back in `slew`."""
+        """Microseconds since the epoch; never less than in the call before, except after a step back in
+        `discipline`."""
         now_us = self._offset_us + _boottime_us()
         return now_us if now_us > self._floor_us else self._floor_us
 
-    def slew(self, peers_ahead_us: Iterable[int] = ()) -> int:
-        """Move towards the wall clock by as much as is allowed since the last call.
+    def discipline(self, peers_ahead_us: Iterable[int] = ()) -> int:
+        """Follow the system's clock, as NTP disciplines a clock: slew towards it by as much as is allowed since the
+        last call, or step.
 
         Args:
             peers_ahead_us: the clocks of connected peers minus this one.

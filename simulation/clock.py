@@ -39,7 +39,7 @@ class NodeClock:
         """The clock of strict limits, which never steps."""
         return self.now_us() - self.clock_steps_us
 
-    def slew(self, peers_ahead_us: Sequence[int] = ()) -> int:
+    def discipline(self, peers_ahead_us: Sequence[int] = ()) -> int:
         """To be called about once a second.
 
         Returns:

@@ -172,7 +172,7 @@ class Node:
         if self.cluster.loop.now_us < self.resumes_us:
             self.cluster.loop.at(self.resumes_us, self._end_wait, waiting, outcome)
         elif self.is_up:
-            self.ledger.queues.leave(waiting, outcome, self.clock.strict_us())
+            self.ledger.queues.end(waiting, outcome, self.clock.strict_us())
 
     def _let_out(self) -> None:
         ended = self.ledger.queues.ended
@@ -223,7 +223,7 @@ class Node:
     def _slew(self) -> None:
         """What `Sidecar` and `Mesh` do of it."""
         offsets_us = [peer.reported.clock_offset_us for peer in self.replicator.peers.values()]
-        stepped_us = self.clock.slew([offset_us for offset_us in offsets_us if offset_us is not None])
+        stepped_us = self.clock.discipline([offset_us for offset_us in offsets_us if offset_us is not None])
         if not stepped_us:
             return
         self.cluster.tell(f"the clock of {self.name} is set by {stepped_us / SECOND_US:g} s")

@@ -43,7 +43,7 @@ class ProxyPlaces:
 
     def __init__(self, most: int, turns: Turns, unread_bytes: int = MAX_UNREAD_BYTES) -> None:
         self.turns = turns
-        self.lost_connections = StepQueue()
+        self.release_queue = StepQueue()
         """The steps that free them."""
         self.refused = 0
         """Connections for which there was no place."""
@@ -100,7 +100,7 @@ class ProxyConnection(BoundedConnection):
         self.budget = budget
         self._places = places
         self._turns = places.turns
-        self._queue = budget.calls
+        self._queue = budget.call_queue
         self._unread = bytearray()
         """Received bytes that wait for a turn."""
         self._is_in_line = False
@@ -131,7 +131,7 @@ class ProxyConnection(BoundedConnection):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.forget()
-        self._turns.join(self._places.lost_connections, partial(super().connection_lost, exc))
+        self._turns.join(self._places.release_queue, partial(super().connection_lost, exc))
 
     def forget(self) -> None:
         super().forget()

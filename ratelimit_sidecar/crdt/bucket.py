@@ -1,4 +1,5 @@
-"""What was taken, by whom and when: the replicated part of every bucket, a grow-only counter cut into slots of time.
+"""What was taken, by whom and when: the replicated part of a bucket, a grow-only counter cut into slots of time. (Those
+of strict limits have none: `strict.py`.)
 
     taken[origin][slot] -> tokens
 
@@ -111,8 +112,8 @@ class Bucket(ABC):
     Args:
         key: canonical bytes naming the bucket on every replica.
         origin: this replica; its entries are the ones `take` writes.
-        now_us: wall clock. A later call with a smaller one counts as the last, or as a clock that was set back (see
-            `SET_BACK_US`).
+        now_us: by the clock of its kind of bucket, here and in all calls. A later call with a smaller one counts as the
+            last, or as a clock that was set back (see `SET_BACK_US`).
         journal: the bucket appends itself to it when own entries change (see `drain_changed_slots`). None for a bucket
             that is never replicated.
     """
@@ -217,7 +218,7 @@ class Bucket(ABC):
             The number of entries that told something new.
         """
 
-    def lower_to_own_report(self, sender: Origin, entries: Iterable[Entry], now_us: int) -> bool:
+    def correct_by_sender(self, sender: Origin, entries: Iterable[Entry], now_us: int) -> bool:
         """Lower counts of `sender` to what it reports itself; other peers may have reported more.
 
         Only counts of slots that are over are lowered: they are final, so replicas end up equal.
@@ -466,8 +467,8 @@ class Bucket(ABC):
             self._own_slot_unsent = True
 
     def _mark_if_urgent(self, limit: AnyLimit, before: int, after: int) -> None:
-        """Mark the bucket as urgent, so that peers hear of it before others, if a take has made it nearly used up, or
-        crossed a further 1/16 to 1/8 of the limit.
+        """Mark the bucket as urgent if a take has made it nearly used up: then there is a flush at once. If it has
+        crossed a further 1/16 to 1/8 of the limit, a peer that is behind only hears of the bucket before others.
 
         Args:
             before, after: what counted against the limit, in the unit of its `ceiling`.
@@ -531,7 +532,7 @@ class Bucket(ABC):
         """
         origin, slot, tokens = entry
         if origin == self.origin:
-            return self._recall(slot, tokens)
+            return self._restore_own(slot, tokens)
         slots = self._received.get(origin) if self._received is not None else None
         if slots is None:
             return self._receive_first(origin, slot, tokens)
@@ -589,7 +590,7 @@ class Bucket(ABC):
     def _is_peer(self, origin: Origin) -> bool:
         return self.journal is not None and origin in self.journal.peers
 
-    def _recall(self, slot: int, tokens: int) -> int:
+    def _restore_own(self, slot: int, tokens: int) -> int:
         """Join a peer's entry of this replica's own origin. It is accepted only for a slot that is over and no longer
         held here: this replica dropped the bucket as idle, and the slot counts again, since the limit has changed.
         """

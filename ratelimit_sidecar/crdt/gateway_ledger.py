@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.granted import GrantedBucket, GrantLedger, Needs
 from ratelimit_sidecar.crdt.limit import TokenBucketLimit
-from ratelimit_sidecar.crdt.payment_policy import PAY_AHEAD_US, REPORT_US, RESERVE_SHIFT, SHORTAGE_US, Ask, Pay
+from ratelimit_sidecar.crdt.payment_policy import PAY_AHEAD_US, REPORT_US, RESERVE_SHIFT, SHORTAGE_US, Ask, Payment
 from ratelimit_sidecar.crdt.shares import TOKEN
 from ratelimit_sidecar.crdt.store import StoreFull
 from ratelimit_sidecar.crdt.strict import NEVER_US, StrictBucket
@@ -100,7 +100,7 @@ class GatewayLedger(GrantLedger):
                     asks.setdefault(peer, {})[bucket.key] = ask
         return asks
 
-    def pay(self, peer: str, key: bytes, ask: Ask, strict_us: int) -> Pay | None:
+    def pay(self, peer: str, key: bytes, ask: Ask, strict_us: int) -> Payment | None:
         limit = self.limit_of_key(key)
         if not isinstance(limit, TokenBucketLimit):
             return None
@@ -111,9 +111,9 @@ class GatewayLedger(GrantLedger):
         assert isinstance(bucket, GatewayBucket)
         bucket.advance(strict_us)
         if not ask.is_short or strict_us - bucket.denied_us < SHORTAGE_US:
-            return Pay(0, 0)
+            return Payment(0, 0)
         bucket.asked, bucket.asked_us = -(-ask.amount // TOKEN), strict_us
         bucket.note_demand(1)
         # What was drawn is for others, all of it.
         paid = bucket.pay(peer, min(ask.amount, max(0, bucket.held) * TOKEN))
-        return Pay(paid, max(0, bucket.left * TOKEN - (bucket.home >> RESERVE_SHIFT)))
+        return Payment(paid, max(0, bucket.left * TOKEN - (bucket.home >> RESERVE_SHIFT)))

@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.homes import Homes
 from ratelimit_sidecar.crdt.limit import TokenBucketLimit
-from ratelimit_sidecar.crdt.payment_policy import Ask, Pay, PaymentPolicy, Ticket
+from ratelimit_sidecar.crdt.payment_policy import Ask, Payment, PaymentPolicy, Ticket
 from ratelimit_sidecar.crdt.places import BucketPlaces
 from ratelimit_sidecar.crdt.shares import TOKEN, Shares
 from ratelimit_sidecar.crdt.store import DEFAULT_MAX_BUCKETS, LimitOfKey, StoreFull
@@ -206,7 +206,7 @@ class Ledger:
                 bucket.is_active = False
         return asks
 
-    def pay(self, peer: str, key: bytes, ask: Ask, strict_us: int) -> Pay | None:
+    def pay(self, peer: str, key: bytes, ask: Ask, strict_us: int) -> Payment | None:
         """Answer a peer's ask: the payment to send.
 
         Returns:
@@ -224,7 +224,7 @@ class Ledger:
             return None
         return self._policies[key].pay(peer, ask, strict_us)
 
-    def receive_payment(self, peer: str, stream_number: int, key: bytes, pay: Pay, strict_us: int) -> bool:
+    def receive_payment(self, peer: str, stream_number: int, key: bytes, pay: Payment, strict_us: int) -> bool:
         """Add a peer's payment for the ask for `key` that is open on that stream.
 
         Returns:

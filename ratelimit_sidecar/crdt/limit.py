@@ -34,8 +34,9 @@ later ones with the next flush.
 """
 
 MIN_STEPS_CAPACITY: Final = 32
-"""From this capacity on, a bucket is also sent to peers early whenever a further 1/16 to 1/8 of it was taken. In a
-smaller bucket a single request would be such a step, and so would the first request for each invented key.
+"""From this capacity on, peers that are behind hear of a bucket before others also whenever a further 1/16 to 1/8 of it
+was taken. In a smaller bucket a single request would be such a step, and so would the first request for each invented
+key.
 """
 
 SLOTS_PER_PERIOD: Final = 32

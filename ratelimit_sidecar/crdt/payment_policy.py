@@ -60,7 +60,7 @@ class Ask(NamedTuple):
     is_short: bool
 
 
-class Pay(NamedTuple):
+class Payment(NamedTuple):
     """The answer to an ask.
 
     Args:
@@ -151,7 +151,7 @@ class PaymentPolicy:
                 asks[peer] = Ask(amount, level, demand, is_short)
         return asks
 
-    def pay(self, peer: str, ask: Ask, strict_us: int) -> Pay:
+    def pay(self, peer: str, ask: Ask, strict_us: int) -> Payment:
         """Pay the peer its fair part of the spare tokens."""
         bucket, asker = self.bucket, self._peers[peer]
         bucket.advance(strict_us)
@@ -163,8 +163,8 @@ class PaymentPolicy:
             is_slow = bucket.refill * 1_100_000 < TOKEN * bucket.limit.period_us
             gives = is_slow and ask.is_short and level < TOKEN
             if gives and rank(bucket.key, peer) < rank(bucket.key, bucket.origin.node):
-                return Pay(bucket.pay(peer, ask.amount), 0)
-            return Pay(0, 0)
+                return Payment(bucket.pay(peer, ask.amount), 0)
+            return Payment(0, 0)
         kept = max(reserve, bucket.demand() * PAY_AHEAD_US // 1_000_000)
         if not ask.is_short:
             kept = max(kept, (level + ask.level) // 2)
@@ -173,9 +173,9 @@ class PaymentPolicy:
         if total:
             spare = spare * max(ask.demand, total >> 3) // total
         paid = bucket.pay(peer, min(ask.amount, spare))
-        return Pay(paid, max(0, level - paid - reserve))
+        return Payment(paid, max(0, level - paid - reserve))
 
-    def receive_payment(self, peer: str, stream_number: int, pay: Pay, max_home: int, strict_us: int) -> bool:
+    def receive_payment(self, peer: str, stream_number: int, pay: Payment, max_home: int, strict_us: int) -> bool:
         """Add a peer's payment; see `StrictBucket.receive_payment`."""
         self.bucket.advance(strict_us)
         self.note_left(peer, pay.left, max_home, strict_us)

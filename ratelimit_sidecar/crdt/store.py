@@ -48,7 +48,8 @@ RESTORED_ENTRIES: Final = 256
 """The most entries of one bucket joined in a piece."""
 
 LimitOfKey = Callable[[bytes], AnyLimit | None]
-"""The limit of a key that a peer names; None when this replica has no replicated rule for it."""
+"""The limit of a key that a peer or a record names; None when no rule here has such a bucket in the store in
+question."""
 
 
 class StoreFull(Exception):
@@ -89,9 +90,9 @@ class Store:
         self.horizon_shift = 0
         """How many times their horizon is halved, because they have too many."""
         self._slots_seen = 0
-        self.evicted = 0
-        """Idle buckets dropped since start. Plans keep their buckets while it is unchanged (`PlannedTake.evicted`), so
-        whatever takes a bucket out of the store counts here."""
+        self.removals = 0
+        """Idle buckets dropped since start. Plans keep their buckets while it is unchanged
+        (`PlannedTake.store_version`), so whatever takes a bucket out of the store counts here."""
         self.refused_keys = 0
         """How often since start a peer's delta was ignored because its key got no bucket."""
         self.full_since_us: int | None = None
@@ -155,7 +156,7 @@ class Store:
         now_us: int,
         *,
         replicated: bool = True,
-        sender: Origin | None = None,
+        corrector: Origin | None = None,
     ) -> int:
         """Merge a peer's state of one bucket. Nothing is kept when there is no room for a new bucket.
 
@@ -163,7 +164,7 @@ class Store:
             limit: the limit that `limit_of_key` returns for the key.
             base: its deficit is scaled by the period of that limit.
             replicated: as for `bucket`.
-            sender: the origin that sent it, if it may lower its own counts: see `Bucket.lower_to_own_report`.
+            corrector: the origin that sent it, if it may lower its own counts: see `Bucket.correct_by_sender`.
 
         Returns:
             The number of entries that were new.
@@ -175,8 +176,8 @@ class Store:
             return 0
         if base is not None:
             bucket.merge_base(base, now_us)
-        if sender is not None:
-            bucket.lower_to_own_report(sender, entries, now_us)
+        if corrector is not None:
+            bucket.correct_by_sender(corrector, entries, now_us)
         return bucket.merge(entries, now_us)
 
     def restore(
@@ -269,7 +270,7 @@ class Store:
             if bucket.is_idle(now_us):
                 del self._buckets[bucket.key]
                 self.places.give_back(bucket.key)
-                self.evicted += 1
+                self.removals += 1
             elif isinstance(bucket, TokenBucket):
                 self._slots_seen += bucket.slots
         if self.places.is_ample:

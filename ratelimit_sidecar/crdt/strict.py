@@ -118,14 +118,14 @@ class StrictBucket(Bucket):
         sets its home. 0: it never had a home. -1: its limit has changed, so its home is to be set again
         (`GrantedBucket`)."""
         self.envoys_amount = 0
-        """The amount that token buckets of Envoys hold. Not part of `home`."""
+        """The amount that token buckets of Envoys hold, by RLQS (`Ledger.withhold`). Not part of `home`."""
         self.envoys_home = 0
         """The part of this replica's home whose refill Envoys have: `envoys_amount`, but rescaled when the capacity
         changes. Not part of `home` either."""
         self.level = 0
         """L, in grains at `at_us`. Below 0 after denied hits that were charged."""
         self.reserved: dict[int, int] = {}
-        """R: by the number of a stream, the amount asked for on it and not answered yet."""
+        """By the number of a stream, the amount asked for on it and not answered yet. With `aside` it is R."""
         self.tickets: dict[int, int] = {}
         """By number, the amount of a ticket that a peer may still use."""
         self.aside = 0
@@ -176,8 +176,10 @@ class StrictBucket(Bucket):
         return admitted
 
     def _needed(self, hits: int) -> int:
-        """The tokens that so many hits take if they are admitted: without a home one for 0 hits, as the level here is
-        never above 0 by itself, and what is charged afterwards comes out of no home.
+        """The tokens that so many hits take if they are admitted.
+
+        A check, of 0 hits, is admitted while the level is not below 0. Without a home a check needs a token: the level
+        is 0 there unless it is in debt, so all checks would be admitted, with nothing that could be charged afterwards.
         """
         return hits if hits or self.home else 1
 
@@ -433,7 +435,8 @@ class StrictBucket(Bucket):
 
     def is_idle(self, strict_us: int) -> bool:
         """True when it is full, no ask is open, no ticket set aside and nothing withheld: a new bucket would not have
-        more, not even under a limit that it had before.
+        more, not even under a limit that it had before. Until then it stays in its ledger: whoever knows of an open ask
+        or a ticket looks it up without asking.
         """
         self.advance(strict_us)
         is_full = self.level == self.max_level and not self.reserved and not self.aside and not self.envoys_amount

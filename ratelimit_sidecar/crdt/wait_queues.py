@@ -70,10 +70,10 @@ class WaitQueues:
         self.waiting += 1
         return True
 
-    def leave(self, waiting: PendingDecision, outcome: Outcome, strict_us: int) -> None:
+    def end(self, waiting: PendingDecision, outcome: Outcome, strict_us: int) -> None:
         """End a wait, because its time is over or its client has given up."""
         if waiting.queue is not None:
-            waiting.queue.leave(waiting, outcome, strict_us)
+            waiting.queue.end(waiting, outcome, strict_us)
 
     def end_all(self) -> None:
         """Have `tick` end all current waits, because the rules have changed."""
@@ -103,7 +103,7 @@ class WaitQueues:
             queue = self._order.popleft()
             left -= queue.serve(strict_us, left)
             while left and (first := queue.first) is not None and first.number < self._ends_below:
-                queue.leave(first, Outcome.ENDED, strict_us)
+                queue.end(first, Outcome.CALLED_OFF, strict_us)
                 left -= 1
             for peer, tokens in queue.make_wishes(peers, strict_us).items():
                 wishes.setdefault(peer, {})[queue.policy.bucket.key] = tokens

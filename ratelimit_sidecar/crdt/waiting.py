@@ -40,7 +40,7 @@ class Outcome(StrEnum):
     """Its time was over."""
     CANCELLED = "cancelled"
     """The client has given up."""
-    ENDED = "ended"
+    CALLED_OFF = "ended"
     """The rules have changed, the process stops, or there was no room to keep the call."""
 
 
@@ -151,7 +151,8 @@ class WaitQueue:
 
     @property
     def is_over(self) -> bool:
-        """True when nobody waits and no ticket is to come."""
+        """True when nobody waits and no ticket is to come. Until then it stays in `WaitQueues.by_key`: whoever knows of
+        an open wish looks it up without asking."""
         return not self._waiting and not self._all_wished
 
     @property
@@ -171,7 +172,7 @@ class WaitQueue:
         self._waiting[waiting] = None
         self.hits += waiting.hits
 
-    def leave(self, waiting: PendingDecision, outcome: Outcome, strict_us: int) -> None:
+    def end(self, waiting: PendingDecision, outcome: Outcome, strict_us: int) -> None:
         """End the wait of a request; nothing happens if it is over."""
         if waiting.queue is not self:
             return
@@ -187,7 +188,7 @@ class WaitQueue:
         bucket.advance(strict_us)
         served = 0
         while served < max_waits and (first := self.first) is not None and bucket.has(first.hits):
-            self.leave(first, Outcome.SERVED, strict_us)
+            self.end(first, Outcome.SERVED, strict_us)
             served += 1
         return served
 

@@ -215,7 +215,7 @@ class Gateway:
         store = Store(origin, self._limit_of_key, max_buckets=most, rule_key=places.rule_key)
         region = Region(self._region, store, self._keys)
         mesh = self._mesh_of(store, None if member is None else member.payments)
-        mesh.read_news(region.note_news)
+        mesh.subscribe_news(region.note_news)
         self._status.token = token
         self._status.terms += 1
         self._gives_up = False
@@ -248,7 +248,7 @@ class Gateway:
             await term.mesh.start()
         except OSError as error:
             raise _CannotListen(str(error)) from error
-        await term.mesh.joined(0)
+        await term.mesh.wait_joined(0)
         term.is_meshed = True
         term.tasks.append(asyncio.create_task(term.mesh.run()))
         self._status.gateway_reason = ""

@@ -53,7 +53,7 @@ class RuleCounts:
     def total_hits(self) -> int:
         return self.within_limit_hits + self.denied_hits
 
-    def pass_unlimited(self, hits: int, *, is_ruled: bool) -> None:
+    def count_unlimited(self, hits: int, *, is_ruled: bool) -> None:
         """Count a descriptor without limit.
 
         Args:
@@ -63,7 +63,7 @@ class RuleCounts:
         if is_ruled:
             self.unlimited_hits += hits
 
-    def deny(self, take: PlannedTake, bucket: Bucket, *, is_charged: bool) -> None:
+    def count_denied(self, take: PlannedTake, bucket: Bucket, *, is_charged: bool) -> None:
         """Count a denied descriptor. `Limiter.decide` itself counts admitted ones.
 
         Args:

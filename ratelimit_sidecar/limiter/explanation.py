@@ -15,7 +15,7 @@ from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest, RateLimitResponse
 from ratelimit_sidecar.limiter.key import KEY_ONLY, PATTERN, WILDCARD_VALUE, KeyEntry, decode_bucket_key
 from ratelimit_sidecar.limiter.limiter import Limiter
-from ratelimit_sidecar.limiter.rules import JOINED, Level, Match, RuleNode, Rules
+from ratelimit_sidecar.limiter.rules import JOINED, EntryMatch, Match, RuleNode, Rules
 from ratelimit_sidecar.limiter.settings import AnswerSettings
 from ratelimit_sidecar.limiter.variants import made_local
 from ratelimit_sidecar.limiter.wildcard import WildcardSet
@@ -177,7 +177,7 @@ def _explain_levels(rules: Rules, domain: str, entries: Entries) -> Iterator[Lev
         node = level.node if level is not None else None
 
 
-def _explain_level(node: RuleNode, key: str, value: str, level: Level | None) -> LevelExplanation:
+def _explain_level(node: RuleNode, key: str, value: str, level: EntryMatch | None) -> LevelExplanation:
     matched = level.kind if level is not None else None
     has_exact, has_key = (key, value) in node.exact, key in node.key_only
     attempts = [Attempt(MatchKind.EXACT, "", Result.MATCHES if has_exact else Result.ABSENT)]

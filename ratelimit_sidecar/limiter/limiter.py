@@ -231,18 +231,18 @@ class Limiter:
         withholds = plan.all_or_nothing and self._is_denied(plan, now_us)
         statuses = b""
         over = quota_mode_over = 0
-        evicted = self.store.evicted
+        store_version = self.store.removals
         buckets: list[Bucket | None] = []
         for take in plan.takes:
             compiled, hits, counts = take.compiled, take.hits, take.counts
             if compiled.limit is None:
-                counts.pass_unlimited(hits, is_ruled=compiled.rule is not None)
+                counts.count_unlimited(hits, is_ruled=compiled.rule is not None)
                 statuses += compiled.ok_head
                 buckets.append(None)
                 continue
             at_us = self._time_of(compiled, now_us)
             bucket = take.bucket
-            if bucket is None or take.evicted != evicted or bucket.limit is not take.limit:
+            if bucket is None or take.store_version != store_version or bucket.limit is not take.limit:
                 bucket = self._bucket(take, compiled.limit, at_us)
                 if bucket.key != take.bucket_key:
                     self._note_overflow(plan.domain, take)
@@ -261,7 +261,7 @@ class Limiter:
                 beginning = compiled.ok_head
             else:
                 remaining = bucket.remaining
-                counts.deny(take, bucket, is_charged=is_charged)
+                counts.count_denied(take, bucket, is_charged=is_charged)
                 beginning = compiled.over_head
                 if not compiled.is_shadow:
                     if compiled.in_quota_mode:
@@ -313,7 +313,7 @@ class Limiter:
 
     def _bucket_at(self, take: PlannedTake, now_us: int) -> Bucket:
         bucket = take.bucket
-        if bucket is None or take.evicted != self.store.evicted or bucket.limit is not take.limit:
+        if bucket is None or take.store_version != self.store.removals or bucket.limit is not take.limit:
             assert take.compiled.limit is not None
             bucket = self._bucket(take, take.compiled.limit, now_us)
         return bucket
@@ -372,9 +372,9 @@ class Limiter:
             bucket = self._bucket_of_key(take, take.bucket_key, limit, at_us)
         except StoreFull:
             return self._overflow_bucket(take, at_us)
-        # A ledger drops its buckets by itself, which `Store.evicted` does not count.
+        # A ledger drops its buckets by itself, which `Store.removals` does not count.
         if not take.compiled.is_strict:
-            take.bucket, take.evicted, take.limit = bucket, self.store.evicted, bucket.limit
+            take.bucket, take.store_version, take.limit = bucket, self.store.removals, bucket.limit
         return bucket
 
     def _overflow_bucket(self, take: PlannedTake, at_us: int) -> Bucket:

@@ -64,10 +64,10 @@ class PlannedTake:
         "charges_denied",
         "compiled",
         "counts",
-        "evicted",
         "gives_back",
         "hits",
         "limit",
+        "store_version",
     )
 
     def __init__(
@@ -90,8 +90,8 @@ class PlannedTake:
         self.charges_denied = charges_denied
         self.bucket: Bucket | None = None
         """The bucket it last took from."""
-        self.evicted = -1
-        """The store's `evicted` at that time. As long as it is unchanged, `bucket` is still in the store."""
+        self.store_version = -1
+        """The store's `removals` at that time. As long as it is unchanged, `bucket` is still in the store."""
         self.limit: AnyLimit | None = None
         """The limit that the bucket enforced then. An override of another request may have replaced it."""
 

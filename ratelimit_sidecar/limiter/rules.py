@@ -173,7 +173,7 @@ class RuleNode:
         yield from self.key_only.values()
 
 
-class Level:
+class EntryMatch:
     """How one entry of a descriptor was matched. No dataclass, so that mypyc compiles its constructor.
 
     Args:
@@ -300,9 +300,9 @@ class Rules:
         key_entries.append(KeyEntry(OVERRIDE_LIMIT, str(counted), unit.name))
         return Match(rule, encode_bucket_key(rule.bucket_type, domain, key_entries), rule.name, is_override=True)
 
-    def walk(self, domain: str, entries: Sequence[tuple[str, str]]) -> list[Level]:
+    def walk(self, domain: str, entries: Sequence[tuple[str, str]]) -> list[EntryMatch]:
         """How the entries were matched. There are fewer levels than entries when an entry did not match."""
-        levels: list[Level] = []
+        levels: list[EntryMatch] = []
         node = self.domains.get(domain)
         for key, value in entries:
             if node is None:
@@ -420,36 +420,36 @@ def limit_of_rate(
     return TokenBucketLimit(requests or 1, period_us, capacity if requests else 0, max_debt)
 
 
-def _descend(node: RuleNode, key: str, value: str) -> Level | None:
+def _descend(node: RuleNode, key: str, value: str) -> EntryMatch | None:
     value = value.strip(BLANKS)
     deeper = node.exact.get((key, value)) if node.exact else None
     if deeper is not None:
-        return Level(EXACT, key, value, value, deeper)
+        return EntryMatch(EXACT, key, value, value, deeper)
     if node.wildcards:
         level = _descend_by_pattern(node, key, value)
         if level is not None:
             return level
     deeper = node.key_only.get(key)
-    return Level(KEY_ONLY, key, value, "", deeper) if deeper is not None else None
+    return EntryMatch(KEY_ONLY, key, value, "", deeper) if deeper is not None else None
 
 
-def _descend_by_pattern(node: RuleNode, key: str, value: str) -> Level | None:
+def _descend_by_pattern(node: RuleNode, key: str, value: str) -> EntryMatch | None:
     joined = node.wildcards.get(JOINED)
     wildcards = node.wildcards.get(key) if joined is None else joined
     if wildcards is not None:
         found = wildcards.find(value if joined is None else f"{key}_{value}")
         if found is not None:
             pattern, node_of_pattern = found
-            return Level(PATTERN, key, value, pattern, node_of_pattern, is_joined=joined is not None)
+            return EntryMatch(PATTERN, key, value, pattern, node_of_pattern, is_joined=joined is not None)
     if joined is not None:
         # A key with a wildcard, without value, is looked up literally.
         deeper = joined.item_of(key)
         if deeper is not None:
-            return Level(PATTERN, key, value, key, deeper, is_joined=True)
+            return EntryMatch(PATTERN, key, value, key, deeper, is_joined=True)
     return None
 
 
-def _is_pattern_itself(level: Level) -> bool:
+def _is_pattern_itself(level: EntryMatch) -> bool:
     return level.pattern == (f"{level.key}_{level.value}" if level.is_joined else level.value)
 
 
@@ -466,12 +466,12 @@ def _child(node: RuleNode, kind: int, key: str, value: str) -> RuleNode | None:
     return node if kind == WILDCARD_VALUE else None
 
 
-def _rule_of_levels(levels: list[Level], entries: Sequence[tuple[str, str]]) -> Rule | None:
+def _rule_of_levels(levels: list[EntryMatch], entries: Sequence[tuple[str, str]]) -> Rule | None:
     """The rule that applies: its depth equals the number of entries."""
     return levels[-1].node.rule if levels and len(levels) == len(entries) else None
 
 
-def _match_of_levels(domain: str, levels: list[Level], rule: Rule) -> Match:
+def _match_of_levels(domain: str, levels: list[EntryMatch], rule: Rule) -> Match:
     bucket_key = bucket_key_head(rule.bucket_type, domain)
     for level in levels:
         if level.is_joined:
@@ -487,7 +487,7 @@ def _match_of_levels(domain: str, levels: list[Level], rule: Rule) -> Match:
     return Match(rule, bucket_key, _metric_name(domain, levels, rule))
 
 
-def _metric_name(domain: str, levels: list[Level], rule: Rule) -> str:
+def _metric_name(domain: str, levels: list[EntryMatch], rule: Rule) -> str:
     if not rule.metric_of_values and not any(level.node.value_in_metric for level in levels):
         return rule.name
     parts = [domain]

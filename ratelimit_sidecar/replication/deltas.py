@@ -238,7 +238,7 @@ class _Joining:
         self._on_news = on_news
 
     def join(self, key: bytes, limit: AnyLimit, base: Base | None, entries: Sequence[Entry]) -> None:
-        news = self._store.join(key, limit, base, entries, self._now_us, sender=self._corrector)
+        news = self._store.join(key, limit, base, entries, self._now_us, corrector=self._corrector)
         if news and self._on_news is not None:
             bucket = self._store.get(key)
             assert bucket is not None

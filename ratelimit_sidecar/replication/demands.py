@@ -39,7 +39,7 @@ _WANTS_PER_DEMAND: Final = 8
 """So many wants take as long as one demand."""
 
 
-class Demands:
+class QuotaDemands:
     """Writes this node's demands into pings, and reads those of peers.
 
     Args:

@@ -148,7 +148,7 @@ class Dialler:
                         _log.info("peer_address_found", name=name.configured, address=target.address)
                         self._start(target, tasks)
             self._retire()
-            self._progress.made()
+            self._progress.notify()
             await asyncio.sleep(self._resolver.every_seconds * random.uniform(0.8, 1.2))
 
     def _note_unresolved(self, name: Name, why: str) -> None:
@@ -213,7 +213,7 @@ class Dialler:
         peer = self._replicator.peers.get(target.node)
         if peer is not None:
             peer.failed_dials = target.failed_dials
-        self._progress.made()
+        self._progress.notify()
         return has_lasted
 
     @asynccontextmanager

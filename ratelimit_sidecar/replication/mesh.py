@@ -19,7 +19,7 @@ from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.mesh_status import MembershipStatus, PeerStatus
 from ratelimit_sidecar.replication.bounds import DEFAULT_BOUNDS, MeshBounds
 from ratelimit_sidecar.replication.deltas import OnNews
-from ratelimit_sidecar.replication.demands import Demands
+from ratelimit_sidecar.replication.demands import QuotaDemands
 from ratelimit_sidecar.replication.dialler import Dialler, RedialWait, redial_seconds
 from ratelimit_sidecar.replication.listener import Listener
 from ratelimit_sidecar.replication.open_streams import OpenStreams
@@ -74,7 +74,7 @@ class Mesh:
         tracer: BatchTracer | None = None,
         payments: PaymentExchange | None = None,
         is_gateway: bool = False,
-        demands: Demands | None = None,
+        demands: QuotaDemands | None = None,
         certificate: NodeCertificate | None = None,
         resolver: Resolver | None = None,
         supervisor: Supervisor | None = None,
@@ -92,7 +92,7 @@ class Mesh:
         self._replicator.sync.has_joined = False
         self._scheduler = Scheduler()
         self._progress = Progress()
-        """Made whenever a frame was received or a stream or dial has ended."""
+        """Notified whenever a frame was received or a stream or dial has ended."""
         self._dialler = Dialler(
             peers,
             replicator=self._replicator,
@@ -141,14 +141,14 @@ class Mesh:
         """Other rules are in force; see `Replicator.use_rules`."""
         self._replicator.use_rules(digest)
 
-    def read_changes(self, reader: Callable[[Sequence[tuple[Bucket, list[int]]]], object]) -> None:
-        """Call the reader with every change of this node (see `ChangeLog.on_changes`), also in a mesh without
+    def subscribe_changes(self, callback: Callable[[Sequence[tuple[Bucket, list[int]]]], object]) -> None:
+        """From now on call this with every change of this node (see `ChangeLog.on_changes`), also in a mesh without
         peers."""
-        self._replicator.changes.on_changes.append(reader)
+        self._replicator.changes.on_changes.append(callback)
 
-    def read_news(self, reader: OnNews) -> None:
-        """Call the reader with everything new that peers send (see `Replicator.on_news`)."""
-        self._replicator.on_news = reader
+    def subscribe_news(self, callback: OnNews) -> None:
+        """From now on call this with everything new that peers send (see `Replicator.on_news`)."""
+        self._replicator.on_news = callback
 
     def tell(self, bucket: Bucket, entries: Sequence[Entry]) -> None:
         """Send all peers these entries, of an origin that this node alone speaks for (see `Replicator.tell`)."""
@@ -223,12 +223,12 @@ class Mesh:
         """Free the change log. Call it when the mesh will not be used any more."""
         self._replicator.changes.set_clock(self._now_us())
 
-    async def wait(self, until: asyncio.Event) -> None:
+    async def flush_until(self, has_rules: asyncio.Event) -> None:
         """Flush, without any stream, until there are rules. Call it before `run`. A peer that connects later gets a
         snapshot, so nothing is kept for it."""
         async with asyncio.TaskGroup() as tasks:
             flushing = tasks.create_task(self._flush_forever())
-            await until.wait()
+            await has_rules.wait()
             flushing.cancel()
 
     @property
@@ -251,7 +251,7 @@ class Mesh:
         self._dialler.stop()
         self._stopping.set()
 
-    async def joined(self, timeout_seconds: float, most_seconds: float = 0.0) -> bool:
+    async def wait_joined(self, timeout_seconds: float, most_seconds: float = 0.0) -> bool:
         """Wait until every configured peer that can be reached has sent what it knows. To be called once, at the start:
         then one peer sends everything, and the others what is recent.
 

@@ -143,7 +143,7 @@ class OpenStreams:
         finally:
             if target is not None:
                 target.stream = None
-            self._progress.made()
+            self._progress.notify()
             self._remove(stream, far_end.claimed, target)
         return stream
 
@@ -157,7 +157,7 @@ class OpenStreams:
 
     def _note_frame(self, stream: Stream, far_end: _FarEnd) -> None:
         """Note any frame of the stream."""
-        self._progress.made()
+        self._progress.notify()
         if stream.peer is None:
             return
         if far_end.is_greeted:

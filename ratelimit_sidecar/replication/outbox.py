@@ -112,7 +112,7 @@ class Outbox:
         self._steps: Steps = iter(())
         self._written: Batch | None = None
         self._in_flight = InFlight()
-        self._is_told_all = False
+        self._has_had_full_state = False
         """True when the peer, as the process `_peer`, has once acknowledged everything there was."""
         self._undelivered_since_us: int | None = None
         """The creation of the first own change that the peer cannot have received; None when there is none."""
@@ -190,7 +190,7 @@ class Outbox:
 
     def count_as_undelivered(self, since_us: int | None) -> None:
         """Count what the peer was not sent yet as undelivered since then: it is one that should have been reached."""
-        if not self._is_told_all:
+        if not self._has_had_full_state:
             self._undelivered_since_us = earlier(self._undelivered_since_us, since_us)
 
     def note_missed_by_peer(self, since_us: int) -> None:
@@ -210,16 +210,16 @@ class Outbox:
                 or by others (see `serve_request`), and keys have numbers.
         """
         assert self._sources is None
-        self._is_told_all = compares and self._is_told_all and self._peer == peer
+        self._has_had_full_state = compares and self._has_had_full_state and self._peer == peer
         self._peer = peer
-        awaits_request = compares and not self._is_told_all
+        awaits_request = compares and not self._has_had_full_state
         self._sources = _Sources(
             Cursor(self._store, self.log, takes_key_ids=compares),
             SideLog(self._store),
             Snapshots(self._store, self.log, peer, awaits_request=awaits_request),
         )
         if not awaits_request:
-            self.snapshot(self._peer_misses_since_us - RESUME_MARGIN_US if self._is_told_all else 0)
+            self.snapshot(self._peer_misses_since_us - RESUME_MARGIN_US if self._has_had_full_state else 0)
 
     def close(self, now_us: int) -> None:
         """Note that the stream is gone, and that whatever was on its way may be lost."""
@@ -241,7 +241,7 @@ class Outbox:
     def forget_times(self) -> None:
         """Begin anew, without a stream, after the clock was set: the peer will be sent everything."""
         assert self._sources is None
-        self._is_told_all = False
+        self._has_had_full_state = False
         self._undelivered_since_us = None
         self._peer_misses_since_us = 0
         self._in_flight.forget_times()
@@ -294,7 +294,7 @@ class Outbox:
         batch = self._in_flight.acknowledged(now_us)
         if batch.ends_snapshot:
             self._undelivered_since_us = None
-            self._is_told_all = True
+            self._has_had_full_state = True
             is_another_written = self._written is not None and self._written.ends_snapshot
             if self._sources is not None and not (self._in_flight.ends_snapshot or is_another_written):
                 self._sources.snapshots.acknowledged()

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from ratelimit_sidecar.crdt.ledger import Ledger
-from ratelimit_sidecar.crdt.payment_policy import Ask, Pay, Ticket
+from ratelimit_sidecar.crdt.payment_policy import Ask, Payment, Ticket
 from ratelimit_sidecar.crdt.shares import TOKEN, ShownMembership
 from ratelimit_sidecar.crdt.strict import TICKET_US
 from ratelimit_sidecar.crdt.waiting import Wish
@@ -74,17 +74,17 @@ class StreamPayments:
         """By key, the times of this node's asks without an answer; oldest first."""
         # Emptied from the front, which a plain dict does in time proportional to what was removed before.
         self.asks_to_send: OrderedDict[bytes, Ask] = OrderedDict()
-        self.pays: OrderedDict[bytes, Pay] = OrderedDict()
-        self.has_tickets = False
+        self.payments_to_send: OrderedDict[bytes, Payment] = OrderedDict()
+        self.can_wish = False
         """True when the peer's version of the protocol has wishes and tickets."""
         self.unanswered_wishes: OrderedDict[int, Wish] = OrderedDict()
         """Wishes without an answer, by number; the oldest first."""
         self.wishes_to_send: deque[pb.Wish] = deque()
-        self.tickets: deque[pb.Ticket] = deque()
-        self.returns: deque[pb.Return] = deque()
-        self.last_wish = 0
+        self.tickets_to_send: deque[pb.Ticket] = deque()
+        self.returns_to_send: deque[pb.Return] = deque()
+        self.last_wish_sent = 0
         """The number of this node's last wish."""
-        self.last_received = 0
+        self.last_wish_received = 0
         """The number of the peer's last wish."""
 
     def take_frame(self) -> pb.Frame | None:
@@ -93,18 +93,21 @@ class StreamPayments:
         payments = frame.payments
         count = key_bytes = 0
         # First the messages for which requests wait.
-        while self.returns and count < MAX_BATCH:
-            payments.returns.append(self.returns.popleft())
+        while self.returns_to_send and count < MAX_BATCH:
+            payments.returns.append(self.returns_to_send.popleft())
             count += 1
-        while self.tickets and count < MAX_BATCH:
-            payments.tickets.append(self.tickets.popleft())
+        while self.tickets_to_send and count < MAX_BATCH:
+            payments.tickets.append(self.tickets_to_send.popleft())
             count += 1
         while self.wishes_to_send and count < MAX_BATCH and key_bytes < MAX_BATCH_BYTES:
             wish = self.wishes_to_send.popleft()
             payments.wishes.append(wish)
             count += 1
             key_bytes += len(wish.key)
-        for pending, written in ((self.pays, frame.payments.pays), (self.asks_to_send, frame.payments.asks)):
+        for pending, written in (
+            (self.payments_to_send, frame.payments.pays),
+            (self.asks_to_send, frame.payments.asks),
+        ):
             while pending and count < MAX_BATCH and key_bytes < MAX_BATCH_BYTES:
                 key, each = pending.popitem(last=False)
                 # The fields have the names of the message's.
@@ -171,7 +174,8 @@ class PaymentExchange:
 
     def tick(self, streams: Mapping[str, StreamPayments]) -> list[str]:
         """Ask peers for tokens that are needed here and wish for tickets, free the room of old tickets, serve requests
-        that wait, and end the waits that `WaitQueues.end_all` called off. To be called every 20 ms, without peers too.
+        that wait, and end the waits that `WaitQueues.end_all` called off. To be called at each flush, without peers
+        too: it does something every `TICK_EVERY_US`.
 
         Args:
             streams: by peer that can be asked, the stream in use.
@@ -202,8 +206,8 @@ class PaymentExchange:
         peers = [
             peer
             for peer, stream in streams.items()
-            if stream.has_tickets
-            and stream.last_wish <= MAX_WISHES
+            if stream.can_wish
+            and stream.last_wish_sent <= MAX_WISHES
             and len(stream.unanswered_wishes) + most <= MAX_OPEN
             and self.ledger.shares.is_member(peer)
         ]
@@ -211,10 +215,10 @@ class PaymentExchange:
         for peer, wanted in wishes.items():
             stream = streams[peer]
             for key, tokens in wanted.items():
-                stream.last_wish += 1
-                self.ledger.queues.by_key[key].policy.bucket.wish(_ticket_number(stream, stream.last_wish))
-                stream.unanswered_wishes[stream.last_wish] = Wish(peer, key, tokens, strict_us)
-                stream.wishes_to_send.append(pb.Wish(number=stream.last_wish, key=key, tokens=tokens))
+                stream.last_wish_sent += 1
+                self.ledger.queues.by_key[key].policy.bucket.wish(_ticket_number(stream, stream.last_wish_sent))
+                stream.unanswered_wishes[stream.last_wish_sent] = Wish(peer, key, tokens, strict_us)
+                stream.wishes_to_send.append(pb.Wish(number=stream.last_wish_sent, key=key, tokens=tokens))
         return list(wishes)
 
     def _give_up(self, stream: StreamPayments, strict_us: int) -> None:
@@ -251,14 +255,16 @@ class PaymentExchange:
             # Of no use from a node that is no member: it has not been asked.
             if pay.key in stream.asks_to_send or stream.unanswered_asks.pop(pay.key, None) is None:
                 raise ProtocolError(Reason.UNEXPECTED, "a payment that answers no ask")
-            received = Pay(pay.amount, pay.left)
+            received = Payment(pay.amount, pay.left)
             self.refused += not self.ledger.receive_payment(peer, stream.stream_number, pay.key, received, strict_us)
             self.payments_received += pay.amount > 0
         for ask in payments.asks:
             check_key(ask.key)
-            if ask.key in stream.pays or len(stream.pays) >= MAX_OPEN:
-                raise ProtocolError(Reason.UNEXPECTED, f"an ask while {len(stream.pays)} before it are not answered")
-            answer: Pay | None = Pay(0, 0)
+            if ask.key in stream.payments_to_send or len(stream.payments_to_send) >= MAX_OPEN:
+                raise ProtocolError(
+                    Reason.UNEXPECTED, f"an ask while {len(stream.payments_to_send)} before it are not answered"
+                )
+            answer: Payment | None = Payment(0, 0)
             if self.ledger.shares.is_member(peer):
                 asked = Ask(ask.amount, ask.level, ask.demand, ask.is_short)
                 try:
@@ -268,7 +274,7 @@ class PaymentExchange:
             else:
                 self.refused += 1
             unknown_keys += answer is None
-            stream.pays[ask.key] = answer = answer or Pay(0, 0)
+            stream.payments_to_send[ask.key] = answer = answer or Payment(0, 0)
             self.payments_sent += answer.amount > 0
         return unknown_keys
 
@@ -279,25 +285,25 @@ class PaymentExchange:
             # It may have expired. The stream's number is in the ticket's, so it is of this peer.
             ledger.release(_ticket_number(stream, back.number), back.amount, strict_us)
         for ticket in payments.tickets:
-            if ticket.number > stream.last_wish:
+            if ticket.number > stream.last_wish_sent:
                 raise ProtocolError(Reason.UNEXPECTED, "a ticket that answers no wish")
             asked, returned = stream.unanswered_wishes.pop(ticket.number, None), ticket.tokens * TOKEN
             if asked is not None:
                 given = Ticket(min(ticket.tokens, asked.tokens), ticket.left)
                 returned = ledger.accept(_ticket_number(stream, ticket.number), asked, given, strict_us)
             # Of a return too many nothing is said: then the peer keeps the ticket's room until `HOLD_US`.
-            if ticket.tokens and len(stream.returns) < MAX_OPEN:
-                stream.returns.append(pb.Return(number=ticket.number, amount=min(returned, MAX_AMOUNT)))
+            if ticket.tokens and len(stream.returns_to_send) < MAX_OPEN:
+                stream.returns_to_send.append(pb.Return(number=ticket.number, amount=min(returned, MAX_AMOUNT)))
         unknown_keys = 0
         for wish in payments.wishes:
             check_key(wish.key)
-            if wish.number <= stream.last_received:
-                raise ProtocolError(Reason.UNEXPECTED, f"a wish {wish.number} after wish {stream.last_received}")
-            stream.last_received = wish.number
+            if wish.number <= stream.last_wish_received:
+                raise ProtocolError(Reason.UNEXPECTED, f"a wish {wish.number} after wish {stream.last_wish_received}")
+            stream.last_wish_received = wish.number
             if not ledger.shares.is_member(peer):
                 self.refused += 1
                 continue
-            if len(stream.tickets) >= MAX_OPEN:
+            if len(stream.tickets_to_send) >= MAX_OPEN:
                 # The peer does not read. It gives the wish up.
                 continue
             try:
@@ -306,7 +312,7 @@ class PaymentExchange:
                 raise ProtocolError(Reason.BAD_KEY, str(error)) from error
             unknown_keys += answer is None
             answer = answer or Ticket(0, 0)
-            stream.tickets.append(
+            stream.tickets_to_send.append(
                 pb.Ticket(number=wish.number, tokens=answer.tokens, left=min(answer.left, MAX_AMOUNT))
             )
         return unknown_keys
@@ -321,7 +327,7 @@ class PaymentExchange:
         self._give_up(stream, strict_us)
         if strict_us - next(iter(stream.unanswered_asks.values()), strict_us) > STALL_US:
             raise ProtocolError(Reason.STALLED, f"an ask not answered for {STALL_US // 1_000_000} s")
-        if stream.last_wish > MAX_WISHES:
+        if stream.last_wish_sent > MAX_WISHES:
             raise ProtocolError(Reason.EXHAUSTED, f"{MAX_WISHES} wishes were made on this stream")
 
     def closed(self, stream: StreamPayments) -> None:

@@ -37,7 +37,7 @@ class PeerStream(Protocol):
     def received_us(self) -> int: ...
 
     @property
-    def pays(self) -> bool: ...
+    def can_pay(self) -> bool: ...
 
     @property
     def compares(self) -> bool: ...
@@ -181,11 +181,11 @@ class Peer:
         self.reported = PeerReports()
 
     @property
-    def pays(self) -> bool:
+    def can_pay(self) -> bool:
         """True while it can be asked for tokens of strict limits."""
-        return bool(self.streams) and self.streams[0].pays
+        return bool(self.streams) and self.streams[0].can_pay
 
-    def sent(self, batch: Batch, tracer: BatchTracer | None) -> bytes:
+    def note_sent(self, batch: Batch, tracer: BatchTracer | None) -> bytes:
         """Count a batch of its outbox that is sent now; returns the context of its trace, "" when it has none."""
         self.counts.batches_sent += 1
         self.counts.entries_sent += batch.entries
@@ -199,7 +199,7 @@ class Peer:
             self.newest_reader.is_newest = False
         self.newest_reader = reader
 
-    def received(self, deltas: pb.Deltas, tracer: BatchTracer | None) -> BatchSpan | None:
+    def note_received(self, deltas: pb.Deltas, tracer: BatchTracer | None) -> BatchSpan | None:
         """Count a batch of its Deltas, which is applied from now on.
 
         Returns:

@@ -7,17 +7,17 @@ from collections.abc import Callable
 
 
 class Progress:
-    """Call `made` after each change; `until` waits for a condition."""
+    """Call `notify` after each change; `until` waits for a condition."""
 
     def __init__(self) -> None:
-        self._made = asyncio.Event()
+        self._changed = asyncio.Event()
 
-    def made(self) -> None:
+    def notify(self) -> None:
         """Let everybody who waits look again."""
-        self._made.set()
+        self._changed.set()
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        """Wait until `condition` holds: it is asked whenever progress was made."""
+        """Wait until `condition` holds: it is asked after each change."""
         while not condition():
-            self._made.clear()
-            await self._made.wait()
+            self._changed.clear()
+            await self._changed.wait()

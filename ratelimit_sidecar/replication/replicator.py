@@ -18,7 +18,7 @@ from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.replication.changes import MAX_BATCH_BUCKETS, ChangeLog
 from ratelimit_sidecar.replication.deltas import OnNews
-from ratelimit_sidecar.replication.demands import Demands
+from ratelimit_sidecar.replication.demands import QuotaDemands
 from ratelimit_sidecar.replication.key_ids import KeyMemory
 from ratelimit_sidecar.replication.pace import Steps
 from ratelimit_sidecar.replication.payments import PaymentExchange
@@ -58,7 +58,7 @@ class Replicator:
         tracer: BatchTracer | None = None,
         payments: PaymentExchange | None = None,
         *,
-        demands: Demands | None = None,
+        demands: QuotaDemands | None = None,
     ) -> None:
         self.local = local
         self.demands = demands
@@ -140,12 +140,12 @@ class Replicator:
             self.summing.pause()
             return
         while True:
-            done = self.summing.step(now_us)
+            done = self.summing.do_piece(now_us)
             if done is not None:
                 for peer in self.peers.values():
                     if peer.active is not None and peer.is_comparable(self.rules, now_us):
                         peer.active.compare(done)
-            if not self.summing.is_stepping:
+            if not self.summing.is_amid_tick:
                 return
             yield
 
@@ -241,7 +241,7 @@ class Replicator:
                 peer.outbox.relay(bucket, entries)
                 peer.wake()
 
-    def news_reader(self, sender: Peer) -> OnNews | None:
+    def news_callback(self, sender: Peer) -> OnNews | None:
         """What to call with news from that peer; None when nobody needs it."""
         if self.on_news is None:
             return partial(self.pass_on, sender) if self.relay.is_needed else None
@@ -269,7 +269,7 @@ class Replicator:
         streams = {
             peer.node: stream
             for peer in self.peers.values()
-            if peer.pays and (stream := peer.streams[0].stream_payments) is not None
+            if peer.can_pay and (stream := peer.streams[0].stream_payments) is not None
         }
         for node in payments.tick(streams):
             self.peers[node].wake()

@@ -5,9 +5,9 @@ all its peers: a *round*. Two nodes that have received the same must come to the
 and they seal at different times, so only what is settled at that instant counts (`Bucket.settled`): slots that are over
 for `SETTLE_US`, and what older ones amount to.
 
-The work is bounded: a round takes the buckets in steps, and when there are too many for all of its steps, only some
-partitions of the key space, others the next time. A step is done in pieces, and so is a bucket that many nodes take
-from.
+The work is bounded: a round takes some buckets at each tick, and when there are too many for all of its ticks, only
+some partitions of the key space, others the next time. The work of a tick is done in pieces, and so is a bucket that
+many nodes take from.
 """
 
 from __future__ import annotations
@@ -52,20 +52,20 @@ ENTRY_WORK: Final = 5
 """Work, in about tenths of a microsecond: to look at a bucket, to sum one up, and for each origin and each settled
 entry in it."""
 
-STEP_WORK: Final = 8_000
-"""The work of one step, besides its share of looking at all buckets. It is more when a partition would otherwise not be
-summed up in time. So a round is 4 % of the time, and 1 % for each 200,000 buckets.
+TICK_WORK: Final = 8_000
+"""The work of one tick of 20 ms, besides its share of looking at all buckets. It is more when a partition would
+otherwise not be summed up in time. So a round is 4 % of the time, and 1 % for each 200,000 buckets.
 """
 
 ROUND_PIECE_WORK: Final = 1_000
-"""The work of one piece; that of the bucket, or of one origin in it, that exceeds it comes on top. Steps are done in
-pieces, and frames are answered in pieces."""
+"""The work of one piece; that of the bucket, or of one origin in it, that exceeds it comes on top. The work of a tick
+is done in pieces, and frames are answered in pieces."""
 
-STEPS: Final = 170
-"""The steps of one round: one each 20 ms of EVERY_US, and some to spare."""
+TICKS: Final = 170
+"""The ticks of one round: one each 20 ms of EVERY_US, and some to spare."""
 
 FREED_RANGES: Final = 16
-"""The ranges that are freed in a step: all of a round within half of the next one."""
+"""The ranges that are freed in a tick: all of a round within half of the next one."""
 
 MAX_SUMMARY_BUCKETS: Final = 16_000
 """The most buckets of a range in a Summary: as many as fit into a frame. (Of a million buckets a range has a thousand.)
@@ -159,23 +159,23 @@ class Work:
 
 
 class Summing:
-    """One node's rounds. Call `step` every 20 ms, or `pause` while there is nobody to compare with.
+    """One node's rounds. Call `do_piece` every 20 ms, or `pause` while there is nobody to compare with.
 
     Args:
         now_us: the start, or near it.
-        step_work: of each of the STEPS of a round.
+        tick_work: of each of the TICKS of a round.
     """
 
-    def __init__(self, store: Store, now_us: int, *, step_work: int = STEP_WORK) -> None:
+    def __init__(self, store: Store, now_us: int, *, tick_work: int = TICK_WORK) -> None:
         self._store = store
-        self._step_work = step_work
-        self._round_work = STEPS * step_work
+        self._tick_work = tick_work
+        self._round_work = TICKS * tick_work
         self._due_us = now_us // EVERY_US * EVERY_US + EVERY_US
         self._current: Round | None = None
         self._pieces: Steps = iter(())
         """Does the current round."""
-        self._step_left = 0
-        """Work to be done in the current step; 0 or less between two of them."""
+        self._tick_left = 0
+        """Work to be done in the current tick; 0 or less between two of them."""
         self._looked = 0
         """Buckets looked at in the current round, or the last."""
         self.work = Work()
@@ -189,17 +189,17 @@ class Summing:
         self._origins: dict[Origin, int] = {}
 
     @property
-    def is_stepping(self) -> bool:
-        """True while a step is not done: then `step` does the next piece of it."""
-        return self._step_left > 0
+    def is_amid_tick(self) -> bool:
+        """True while the work of a tick is not done: then `do_piece` does more of it."""
+        return self._tick_left > 0
 
-    def step(self, now_us: int) -> Round | None:
-        """Begin a step, every 20 ms, or go on with it.
+    def do_piece(self, now_us: int) -> Round | None:
+        """Do a piece of the work of a tick: begin it, every 20 ms, or go on with it.
 
         Returns:
             The round that has just been done.
         """
-        if self._step_left <= 0:
+        if self._tick_left <= 0:
             del self._left[-FREED_RANGES:]
         current = self._current
         if current is not None and now_us >= current.at_us + EVERY_US:
@@ -212,15 +212,15 @@ class Summing:
             if at_us is None:
                 return None
             current = self._current = self._begin(at_us)
-        if self._step_left <= 0:
-            most = max(self._step_work, self._partition_work * 9 // 8 // STEPS)
-            self._step_left = most + LOOK_WORK * len(self._store) // STEPS
-        before, self.work.left = self.work.done, min(self._step_left, ROUND_PIECE_WORK)
+        if self._tick_left <= 0:
+            most = max(self._tick_work, self._partition_work * 9 // 8 // TICKS)
+            self._tick_left = most + LOOK_WORK * len(self._store) // TICKS
+        before, self.work.left = self.work.done, min(self._tick_left, ROUND_PIECE_WORK)
         for _ in self._pieces:
-            self._step_left -= self.work.done - before
+            self._tick_left -= self.work.done - before
             return None
         self._current = None
-        self._step_left = 0
+        self._tick_left = 0
         self._plan_next(len(current.partitions), is_done=True)
         if len(self._done) == self._done.maxlen:
             self._left += self._done.popleft().ranges()
@@ -233,7 +233,7 @@ class Summing:
             self._left += self._current.ranges()
             self._current = None
             self._pieces = iter(())
-            self._step_left = 0
+            self._tick_left = 0
 
     def find(self, at_us: int) -> Round | None:
         """The round of that instant, if it is done and one of the last two."""

@@ -2,8 +2,9 @@
 behind them.
 
 A job is a generator that yields after each step. Steps of all jobs are done in turn until a *quantum* of time is used
-up; then requests are served: in one turn of the loop they are read, in the next they are answered. Without that a
-flush would wake the writers of all streams, and peers that flush at once all readers: tens of milliseconds in one turn.
+up; then requests are served: in one turn of the loop they are read and decided, in the next uvloop writes the answers
+to their sockets. Without that a flush would wake the writers of all streams, and peers that flush at once all readers:
+tens of milliseconds in one turn.
 
 The quantum is a part of the time that requests take between two quanta: half of it up to 0.5 ms, a third beyond. Where
 one turn takes 0.5 ms, requests get one, not two. So replication keeps a third of a busy loop, or a quarter when

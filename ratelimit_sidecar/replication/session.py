@@ -139,7 +139,7 @@ class ComparisonReceived:
 
 
 @dataclass(frozen=True, slots=True)
-class DemandsReceived:
+class QuotaDemandsReceived:
     """The peer reports what its Envoys want."""
 
     demands: Sequence[pb.Demand]
@@ -168,7 +168,7 @@ Event = (
     | StatusReceived
     | ComparisonReceived
     | ClockMeasured
-    | DemandsReceived
+    | QuotaDemandsReceived
     | PeerLeft
 )
 
@@ -185,9 +185,9 @@ class Session:
         self._local = local
         self.state = State.HELLO
         self.peer: Origin | None = None
-        self.pays = False
+        self.can_pay = False
         """True when Payments may be sent and received: both ends speak of them and have shown a membership."""
-        self.wishes = False
+        self.can_wish = False
         """True when Payments may have wishes and tickets."""
         self.compares = False
         """True when both ends know of Status, comparisons and numbers for keys."""
@@ -291,7 +291,7 @@ class Session:
     def send(self, frame: pb.Frame) -> bytes:
         """Payments, a Status or a frame of a comparison, to be sent now."""
         assert self.state is State.ESTABLISHED
-        assert self.pays if frame.HasField("payments") else self.compares
+        assert self.can_pay if frame.HasField("payments") else self.compares
         return frame.SerializeToString()
 
     def _count_frame(self, now_us: int) -> None:
@@ -367,8 +367,10 @@ class Session:
     def _receive_hello(self, hello: pb.Hello) -> Established:
         peer, membership = read_hello(hello), read_membership(hello)
         self.peer = peer
-        self.pays = membership is not None and self._local.membership is not None and hello.protocol >= PAYING_PROTOCOL
-        self.wishes = self.pays and hello.protocol >= WISHING_PROTOCOL
+        self.can_pay = (
+            membership is not None and self._local.membership is not None and hello.protocol >= PAYING_PROTOCOL
+        )
+        self.can_wish = self.can_pay and hello.protocol >= WISHING_PROTOCOL
         self.compares = hello.protocol >= COMPARING_PROTOCOL
         self._acks.may_piggyback = hello.protocol >= PIGGYBACK_PROTOCOL
         self.state = State.ESTABLISHED
@@ -386,9 +388,9 @@ class Session:
         return DeltasReceived(deltas, acknowledged)
 
     def _receive_payments(self, payments: pb.Payments) -> PaymentsReceived:
-        if not self.pays:
+        if not self.can_pay:
             raise ProtocolError(Reason.UNEXPECTED, "payments between nodes of which one has shown no membership")
-        if not self.wishes and (payments.wishes or payments.tickets or payments.returns):
+        if not self.can_wish and (payments.wishes or payments.tickets or payments.returns):
             raise ProtocolError(Reason.UNEXPECTED, "a wish or ticket from a peer that said it speaks an older protocol")
         return PaymentsReceived(payments)
 
@@ -410,8 +412,8 @@ class Session:
             self._unacknowledged.popleft()
         return DeltasAcknowledged(frames, min(delay_us, STALL_US))
 
-    def _receive_ping_or_pong(self, frame: pb.Frame, now_us: int) -> ClockMeasured | DemandsReceived | None:
+    def _receive_ping_or_pong(self, frame: pb.Frame, now_us: int) -> ClockMeasured | QuotaDemandsReceived | None:
         if frame.HasField("ping"):
             self._pings.received(frame.ping, now_us)
-            return DemandsReceived(frame.ping.demands) if frame.ping.demands else None
+            return QuotaDemandsReceived(frame.ping.demands) if frame.ping.demands else None
         return ClockMeasured(self._pings.answered(frame.pong, now_us))

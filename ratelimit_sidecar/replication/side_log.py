@@ -96,6 +96,6 @@ class SideLog:
                 yield from in_parts(bucket, None, [] if bucket is None else list(bucket.received_entries(slots)))
             if self._repairs:
                 key, _ = self._repairs.popitem(last=False)
-                # With what the peer itself took, which it may have forgotten (`Bucket._recall`).
+                # With what the peer itself took, which it may have forgotten (`Bucket._restore_own`).
                 yield from whole(self._store, key, 0, self._now_us, None)
         self._parts = None

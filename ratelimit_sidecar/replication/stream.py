@@ -1,7 +1,7 @@
 """One stream with a peer: its session (`session`), what frames do at this node, and which are sent. Sans-I/O.
 
-Deltas, demands and asks go out on a peer's active stream only (`Peer.active`); asks are paid, and digests answered, on
-the stream on which they were received.
+Deltas, demands for quotas and asks go out on a peer's active stream only (`Peer.active`); asks are paid, and digests
+answered, on the stream on which they were received.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from ratelimit_sidecar.replication.session import (
     ComparisonReceived,
     DeltasAcknowledged,
     DeltasReceived,
-    DemandsReceived,
     Established,
     Event,
     PaymentsReceived,
     PeerLeft,
+    QuotaDemandsReceived,
     Session,
     StatusReceived,
 )
@@ -44,7 +44,7 @@ is in it, so all together take a fifth of it at most.
 LEAST_PEERS_PAUSE_US = 20_000
 """With so few peers that the pause would be shorter than this there is none: a flush comes no more often."""
 
-LongEvent = DeltasReceived | ComparisonReceived | DemandsReceived
+LongEvent = DeltasReceived | ComparisonReceived | QuotaDemandsReceived
 """An event that may take longer than a step: `Inbound.apply_steps` applies it in several."""
 
 
@@ -98,12 +98,12 @@ class Inbound:
         closed.
 
         Raises:
-            ProtocolError: see `DeltasReader.apply_steps`, `Demands.read_steps` and `Exchange.receive_steps`.
+            ProtocolError: see `DeltasReader.apply_steps`, `QuotaDemands.read_steps` and `Exchange.receive_steps`.
         """
         if isinstance(event, DeltasReceived):
             yield from self._apply_steps(event.deltas, now_us)
             return
-        if isinstance(event, DemandsReceived):
+        if isinstance(event, QuotaDemandsReceived):
             yield from self._read_steps(event.demands)
             return
         assert self.exchange is not None
@@ -117,9 +117,9 @@ class Inbound:
         if not self._peer_has_sent_deltas:
             self._peer_has_sent_deltas = True
             peer.use_reader(self._reader)
-        on_news = replicator.news_reader(peer)
+        on_news = replicator.news_callback(peer)
         self.batch_trace = {"trace_id": deltas.trace[:16].hex()} if deltas.trace else {}
-        self._applying = peer.received(deltas, replicator.tracer)
+        self._applying = peer.note_received(deltas, replicator.tracer)
         try:
             for applied in self._reader.apply_steps(deltas, replicator.store, now_us, on_news):
                 self._note_refused()
@@ -266,9 +266,9 @@ class Stream:
         return self._session.is_over
 
     @property
-    def pays(self) -> bool:
+    def can_pay(self) -> bool:
         """True when the ends can ask and pay each other on it."""
-        return self._session.pays
+        return self._session.can_pay
 
     @property
     def compares(self) -> bool:
@@ -325,7 +325,7 @@ class Stream:
 
     def next_frame(self, now_us: int) -> bytes | None:
         """The next frame of what is ready to be sent; None when there is none before the next `write` or `wake`."""
-        raw = self._session.next_frame(now_us, self._tell_demands)
+        raw = self._session.next_frame(now_us, self._write_quota_demands)
         peer = self.peer
         if peer is None:
             return raw
@@ -378,7 +378,7 @@ class Stream:
         self._pause_owed_us = _pause_us(
             len(self._replicator.store.journal.peers), peer.outbox.has_unacknowledged_snapshot
         )
-        trace = peer.sent(batch, self._replicator.tracer)
+        trace = peer.note_sent(batch, self._replicator.tracer)
         return self._session.send_deltas(batch.payload, trace, now_us)
 
     def _take_comparison(self, peer: Peer) -> pb.Frame | None:
@@ -391,7 +391,7 @@ class Stream:
             return pb.Frame(status=self._replicator.status(peer))
         return exchange.take_frame()
 
-    def _tell_demands(self, ping: pb.Ping) -> None:
+    def _write_quota_demands(self, ping: pb.Ping) -> None:
         demands, peer = self._replicator.demands, self.peer
         if demands is not None and peer is not None and peer.active is self:
             self._demands_told = demands.write(ping, self._demands_told)
@@ -445,7 +445,7 @@ class Stream:
             stream_payments=self.stream_payments,
         )
         if self.stream_payments is not None:
-            self.stream_payments.has_tickets = self._session.wishes
+            self.stream_payments.can_wish = self._session.can_wish
         replicator.peer_registry.join(self, peer, who)
         if replicator.payments is not None:
             replicator.payments.receive_shown(peer.node, who.membership)

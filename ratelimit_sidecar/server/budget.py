@@ -52,11 +52,13 @@ class AddressBudget(Budget):
         self.whole = whole
         self.address = address
         self.connections = 0
-        self.calls = StepQueue()
-        self.handshakes = StepQueue()
-        self.streams = StepQueue()
-        """`calls` is the queue of its connections, `handshakes` that of those whose TLS handshake is not over, and
-        `streams` that of its streaming calls (see `turns.py`)."""
+        # Its turns of the loop (`turns.py`).
+        self.call_queue = StepQueue()
+        """Of its connections whose calls wait to be read."""
+        self.handshake_queue = StepQueue()
+        """Of its connections whose TLS handshake is not over."""
+        self.stream_queue = StepQueue()
+        """Of its streaming calls."""
 
     def allows(self, connection_bytes: int, more: int) -> bool:
         whole = self.whole

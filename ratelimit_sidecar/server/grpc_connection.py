@@ -231,7 +231,7 @@ class Connection:
         self._last_stream_id = request.stream_id
         handler = self._handlers.get(request.path)
         if handler is None or not request.is_plain_call:
-            refused = self._refused(request, is_known=handler is not None)
+            refused = self._refuse_unless_call(request, is_known=handler is not None)
             if refused or handler is None:
                 return
         if isinstance(handler, StreamingMethod):
@@ -247,7 +247,7 @@ class Connection:
             if request.is_wanted:
                 self._note_body(call)
 
-    def _refused(self, request: Request, *, is_known: bool) -> bool:
+    def _refuse_unless_call(self, request: Request, *, is_known: bool) -> bool:
         """Answer a request that is no call of a known method. Returns False if it is one."""
         if request.is_oversized:
             self._refuse(request, RpcError(Code.RESOURCE_EXHAUSTED, f"more than {MAX_HEADER_BYTES} bytes of headers"))

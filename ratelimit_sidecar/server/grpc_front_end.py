@@ -17,7 +17,7 @@ from ratelimit_sidecar.server.rpc import SHUTTING_DOWN, Handlers
 from ratelimit_sidecar.server.tls import ServerCertificate
 from ratelimit_sidecar.server.turns import Turns
 
-CHECK_SECONDS = 0.000_5
+CHECK_BUDGET_SECONDS = 0.000_5
 """The time for which connections are checked before other tasks run. Most checks take a microsecond; that of a
 connection with a thousand calls to end takes two milliseconds.
 """
@@ -186,7 +186,7 @@ class GrpcFrontEnd:
             self._note_shedding()
             began_s = time.perf_counter()
             for connection in self._connections():
-                if time.perf_counter() - began_s >= CHECK_SECONDS:
+                if time.perf_counter() - began_s >= CHECK_BUDGET_SECONDS:
                     await asyncio.sleep(0)
                     began_s = time.perf_counter()
                 self._shared.now_s = loop.time()

@@ -76,7 +76,7 @@ class FrontEndState:
         self.connections: set[GrpcProtocol] = set()
         self.lost = asyncio.Event()
         """Set when a connection is closed."""
-        self.lost_connections = StepQueue()
+        self.release_queue = StepQueue()
         """The steps that free them."""
         self.is_draining = False
         self.accepted = 0
@@ -110,7 +110,7 @@ class GrpcProtocol:
         self._turns = shared.turns
         self._tls = tls
         self._is_shaking_hands = tls is not None
-        self._queue = budget.calls if tls is None else budget.handshakes
+        self._queue = budget.call_queue if tls is None else budget.handshake_queue
         self._connection = Connection(
             shared.handlers, shared.bounds, budget, shared.counts, now_s=shared.now_s, age_s=age_s
         )
@@ -196,7 +196,7 @@ class GrpcProtocol:
         """Thousands may be lost at once, so what they held is freed in turns."""
         self._transport = None
         self._connection.closed = True
-        self._turns.join(self._shared.lost_connections, self._end)
+        self._turns.join(self._shared.release_queue, self._end)
 
     def _end(self) -> None:
         self._forget_unhandled()
@@ -328,7 +328,7 @@ class GrpcProtocol:
         elif self._is_shaking_hands and tls.is_established:
             self._is_shaking_hands = False
             self._queue.on_waiting.discard(self._stand_in_line)
-            self._queue = self._budget.calls
+            self._queue = self._budget.call_queue
             self._queue.on_waiting.add(self._stand_in_line)
         return data
 
@@ -435,7 +435,7 @@ class GrpcProtocol:
             self._shared.failures,
             self._flush,
             turns=self._turns,
-            queue=self._budget.streams,
+            queue=self._budget.stream_queue,
             blocked=self._blocked,
             fail=self.fail,
         )

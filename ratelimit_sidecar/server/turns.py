@@ -1,21 +1,21 @@
 """Gives out turns of the event loop, so that a client waits for about a millisecond, however many connections and
 streams others have.
 
-Theory of operation. Work that could be too much for one turn of the loop is cut into steps, none much longer than a
-millisecond, and each step joins a *queue*: that of the connections of one address, of its streams, or of a service. In
-each turn of the loop, steps run for one quantum of time: all of the first queue, then of the next. A queue that still
-has steps when the quantum is over goes behind the others. Small work runs *inline*, without joining a queue, and its
-time is noted; a queue that used too much time in this way has to wait, too, and its `on_waiting` callbacks tell those
-who would run more inline.
+Theory of operation. Work that could be too much for one iteration of the loop is cut into steps, none much longer than
+a millisecond, and each step joins a *queue*: that of the connections of one address, of its streams, or of a service.
+In each iteration, steps run for one quantum of time: all of the first queue, then of the next. A queue that still has
+steps when the quantum is over goes behind the others, until its next *turn*. Small work runs *inline*, without joining
+a queue, and its time is noted; a queue that used too much time in this way has to wait, too, and its `on_waiting`
+callbacks tell those who would run more inline.
 
 The time of each step is measured, since steps differ a hundredfold. So tasks resume within a step (`turn_event.py`).
-(Tasks that wait for asyncio's own futures would all resume in the next turn of the loop.)
+(Tasks that wait for asyncio's own futures would all resume in the next iteration.)
 
 How long work is cut, and which to use:
 
     work                                          cut by                                   after
-    what clients cause, fair between them         `Turns`: a queue for each of them        1 ms of a turn
-    a job of the mesh, a generator of steps       `replication.scheduler.Scheduler`        0.2 to 5 ms of a turn
+    what clients cause, fair between them         `Turns`: a queue for each of them        1 ms of an iteration
+    a job of the mesh, a generator of steps       `replication.scheduler.Scheduler`        0.2 to 5 ms of an iteration
     where such a generator over buckets yields    `replication.pace.Pace`, by their count  8 buckets, some 0.1 ms
     the same, if buckets differ a thousandfold    `replication.rounds.Work`, by its units  0.1 ms, as estimated
     a coroutine over very many buckets            `persistence.time_slice.TimeSlice`       0.3 ms
@@ -30,8 +30,8 @@ from collections.abc import Callable
 from typing import Final
 
 QUANTUM_NS: Final = 1_000_000
-"""The time of all steps in one turn of the loop, and the time that one queue may use inline. A step that exceeds it is
-finished.
+"""The time of all steps in one iteration of the loop, and the time that one queue may use inline. A step that exceeds
+it is finished.
 """
 
 
@@ -42,13 +42,14 @@ class StepQueue:
     def __init__(self) -> None:
         self.steps: deque[Callable[[], object]] = deque()
         self.is_waiting = False
-        """True while it waits for a turn, and in the turn after that: then new work must join it instead of running
-        inline. So work is done in the order in which it came.
+        """True while it waits for a turn, and in the iteration after that: then new work must join it instead of
+        running inline. So work is done in the order in which it came.
         """
         self.used_ns = 0
         """The time used inline since it last reached a quantum."""
         self.has_used_a_quantum = False
-        """True for the rest of the turn in which it used a quantum inline; if it uses another one, it has to wait."""
+        """True for the rest of the iteration in which it used a quantum inline; if it uses another one, it has to
+        wait."""
         self.on_waiting: set[Callable[[], object]] = set()
         """Callbacks for when it begins to wait; they may join it."""
 
@@ -64,13 +65,13 @@ class Turns:
         self._monotonic_ns = monotonic_ns
         self._waiting: deque[StepQueue] = deque()
         self._done: list[StepQueue] = []
-        """The queues whose steps were all done in this turn."""
+        """The queues whose steps were all done in this iteration."""
         self._used_a_quantum: list[StepQueue] = []
         self._ends_ns = 0
         self._is_due = False
 
     def join(self, queue: StepQueue, step: Callable[[], object]) -> None:
-        """Do a step in a later turn of the loop."""
+        """Do a step in a later iteration of the loop."""
         queue.steps.append(step)
         if not queue.is_waiting:
             self._wait(queue)
@@ -84,7 +85,7 @@ class Turns:
         if queue.has_used_a_quantum:
             self._wait(queue)
         else:
-            # It may have taken many turns. To see each end of a turn would cost a callback for every read.
+            # It may have taken many iterations. To see the end of each would cost a callback for every read.
             queue.has_used_a_quantum = True
             self._used_a_quantum.append(queue)
             self._schedule()
@@ -103,9 +104,9 @@ class Turns:
     def _schedule(self) -> None:
         if not self._is_due:
             self._is_due = True
-            asyncio.get_running_loop().call_soon(self._run_turn)
+            asyncio.get_running_loop().call_soon(self._run_iteration)
 
-    def _run_turn(self) -> None:
+    def _run_iteration(self) -> None:
         self._is_due = False
         for queue in self._used_a_quantum:
             queue.has_used_a_quantum = False

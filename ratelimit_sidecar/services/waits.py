@@ -50,7 +50,7 @@ class Waits:
 
     def end_now(self, waiting: PendingDecision) -> None:
         """See `PendingDecision.end_now`."""
-        self._queues.leave(waiting, Outcome.ENDED, self._strict_us())
+        self._queues.end(waiting, Outcome.CALLED_OFF, self._strict_us())
 
     def _fall_due(self, waiting: PendingDecision, outcome: Outcome) -> None:
         self._due.append((waiting, outcome))
@@ -64,7 +64,7 @@ class Waits:
     def _step(self) -> None:
         self._is_scheduled = False
         for _ in range(min(STEP, len(self._due))):
-            self._queues.leave(*self._due.popleft(), self._strict_us())
+            self._queues.end(*self._due.popleft(), self._strict_us())
         ended = self._queues.ended
         for _ in range(min(STEP, len(ended))):
             waiting = ended.popleft()

@@ -552,7 +552,7 @@ METRICS: tuple[Definition, ...] = (
         "counter",
         ("region",),
         "Idle buckets dropped from memory.",
-        lambda at: [("", (at.sources.region,), at.sources.limiter.store.evicted)],
+        lambda at: [("", (at.sources.region,), at.sources.limiter.store.removals)],
     ),
     Definition(
         "crdt_sync_lag_seconds",

@@ -114,7 +114,7 @@ async def test_while_its_address_waits_for_a_turn_requests_are_kept_and_no_conne
     proxies = ProxyPlaces(4, turns)
     async with running(proxies=proxies) as server, AsyncExitStack() as stack:
         idle = [await answered(await stack.enter_async_context(connect(server))) for _ in range(2)]
-        queue = connections()[0].budget.calls
+        queue = connections()[0].budget.call_queue
         is_over = asyncio.Event()
         hold(turns, queue, is_over)
         for client in idle:
@@ -136,7 +136,7 @@ async def test_a_connection_whose_answer_ends_while_its_address_waits_for_a_turn
             await under_way(await stack.enter_async_context(connect(server)), app, number) for number in range(1, 3)
         ]
         is_over = asyncio.Event()
-        hold(turns, connections()[0].budget.calls, is_over)
+        hold(turns, connections()[0].budget.call_queue, is_over)
         app.slow_may_end.set()
         assert [await client.status() for client in at_work] == [200] * 2
         async with connect(server):
@@ -157,7 +157,7 @@ async def test_who_lets_too_much_wait_for_its_turn_is_disconnected() -> None:
         await answered(client)
         await answered(other)
         is_over = asyncio.Event()
-        hold(turns, connections()[0].budget.calls, is_over)
+        hold(turns, connections()[0].budget.call_queue, is_over)
         client.send(POST + bytes(200_000))
         is_over.set()
         await client.closed()

@@ -15,7 +15,7 @@ from typing import Any
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.limit import TokenBucketLimit
-from ratelimit_sidecar.crdt.payment_policy import Pay, PaymentPolicy, Ticket
+from ratelimit_sidecar.crdt.payment_policy import Payment, PaymentPolicy, Ticket
 from ratelimit_sidecar.crdt.shares import TOKEN, Membership, Shares, ShownMembership
 from ratelimit_sidecar.crdt.strict import HOLD_US, StrictBucket
 from ratelimit_sidecar.crdt.waiting import Outcome, PendingDecision, WaitQueue, Wish
@@ -268,7 +268,7 @@ class StrictCluster:
         """The longest wait ends: its time is over, or it is cancelled."""
         replica = self.replicas.get(node)
         if replica is not None and (first := replica.queue.first) is not None:
-            replica.queue.leave(first, outcome, self.clock_us(replica))
+            replica.queue.end(first, outcome, self.clock_us(replica))
 
     def wish(self, node: str, peer: str, tokens: int) -> None:
         """Wish for tokens, whatever the policy."""
@@ -384,15 +384,15 @@ class StrictCluster:
         replica = self._at(node, end ^ 1)
         if replica is not None:
             replica.bucket.advance(self.clock_us(replica))
-            self._pay(node, peer, end, Pay(replica.bucket.pay(peer, amount), 0))
+            self._pay(node, peer, end, Payment(replica.bucket.pay(peer, amount), 0))
 
-    def _pay(self, node: str, peer: str, end: int, pay: Pay) -> None:
+    def _pay(self, node: str, peer: str, end: int, pay: Payment) -> None:
         self.payments += pay.amount > 0
         lives = self.replicas.get(peer)
         for _ in range(1 + (self.pays_twice and self.random.random() < 0.3)):
             self._send(end ^ 1, lambda: self._paid(peer, node, end, pay, lives))
 
-    def _paid(self, node: str, payer: str, end: int, pay: Pay, life: Replica | None) -> None:
+    def _paid(self, node: str, payer: str, end: int, pay: Payment, life: Replica | None) -> None:
         replica = self._at(node, end)
         if replica is None and self.counts_late and life is self.replicas.get(node):
             replica = life

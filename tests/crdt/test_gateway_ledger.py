@@ -6,7 +6,7 @@ from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.gateway_ledger import GatewayLedger, gateway_needs
 from ratelimit_sidecar.crdt.granted import GRANT_US, DrawReply, GrantedBucket, Needs
 from ratelimit_sidecar.crdt.limit import TokenBucketLimit
-from ratelimit_sidecar.crdt.payment_policy import SHORTAGE_US, Ask, Pay
+from ratelimit_sidecar.crdt.payment_policy import SHORTAGE_US, Ask, Payment
 from ratelimit_sidecar.crdt.shares import TOKEN, Membership, Shares
 
 KEY = b"k"
@@ -59,7 +59,7 @@ def test_what_is_paid_goes_into_the_account() -> None:
     ledger.note_short(KEY, NOW_US, 50_000)
     answered(ledger, NOW_US, room=30)
     asks(ledger, NOW_US)
-    assert ledger.receive_payment("west", END, KEY, Pay(20 * TOKEN, 0), NOW_US)
+    assert ledger.receive_payment("west", END, KEY, Payment(20 * TOKEN, 0), NOW_US)
     bucket = bucket_of(ledger)
     assert bucket.held == 20
     needs = gateway_needs(bucket, NOW_US)
@@ -73,14 +73,14 @@ def test_a_payment_after_the_grant_has_ended_does_not_count() -> None:
     ledger.note_short(KEY, NOW_US, 50_000)
     answered(ledger, NOW_US, room=30)
     asks(ledger, NOW_US)
-    ledger.receive_payment("west", END, KEY, Pay(20 * TOKEN, 0), NOW_US + GRANT_US)
+    ledger.receive_payment("west", END, KEY, Payment(20 * TOKEN, 0), NOW_US + GRANT_US)
     assert bucket_of(ledger).held == 0
 
 
 def test_what_another_member_asks_for_is_drawn_and_then_paid() -> None:
     ledger = gateway()
     ask = Ask(10 * TOKEN, 0, 100 * TOKEN, is_short=True)
-    assert ledger.pay("west", KEY, ask, NOW_US) == Pay(0, 0)
+    assert ledger.pay("west", KEY, ask, NOW_US) == Payment(0, 0)
     answered(ledger, NOW_US, left=40)
     assert answered(ledger, NOW_US, tokens=10, left=30).wanted == 10
     pay = ledger.pay("west", KEY, ask, NOW_US)
@@ -108,7 +108,7 @@ def test_one_that_is_short_itself_pays_nothing_and_keeps_nothing() -> None:
     answered(ledger, NOW_US, left=40)
     answered(ledger, NOW_US, tokens=10, left=30)
     ledger.note_short(KEY, NOW_US, 50_000)
-    assert ledger.pay("west", KEY, ask, NOW_US) == Pay(0, 0)
+    assert ledger.pay("west", KEY, ask, NOW_US) == Payment(0, 0)
     assert bucket_of(ledger).draw(Needs(0, 0)).back == 10
 
 

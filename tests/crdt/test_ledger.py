@@ -13,7 +13,7 @@ from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.homes import MAX_CHANGES
 from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.limit import TokenBucketLimit, Window, WindowLimit
-from ratelimit_sidecar.crdt.payment_policy import Ask, Pay
+from ratelimit_sidecar.crdt.payment_policy import Ask, Payment
 from ratelimit_sidecar.crdt.shares import OLD_LOAN_US, TOKEN, Membership, Shares, ShownMembership
 from ratelimit_sidecar.crdt.store import StoreFull
 from ratelimit_sidecar.crdt.strict import StrictBucket
@@ -206,7 +206,7 @@ def test_a_payment_of_more_than_the_peer_can_have_is_told() -> None:
     bucket.take(50, NOW_US)
     bucket.take(1, NOW_US)
     assert ledger.tick(ENDS, NOW_US, max_buckets=10, longest_key=100)
-    assert not ledger.receive_payment("b", 7, b"k", Pay(60 * TOKEN, 0), NOW_US)
+    assert not ledger.receive_payment("b", 7, b"k", Payment(60 * TOKEN, 0), NOW_US)
     assert bucket.remaining <= 50
 
 
@@ -288,7 +288,7 @@ def test_what_is_withheld_is_neither_the_buckets_nor_a_peers_and_comes_back_with
     assert ledger.withhold(b"k", LIMIT, 50 * TOKEN, NOW_US) == 30 * TOKEN
     assert bucket.remaining == 0
     assert bucket.home == 50 * TOKEN - 30 * TOKEN
-    assert ledger.pay("b", b"k", ask_for(50), NOW_US) == Pay(0, 0)
+    assert ledger.pay("b", b"k", ask_for(50), NOW_US) == Payment(0, 0)
     bucket.advance(NOW_US + 10_000_000)
     assert bucket.remaining == 20
     assert ledger.withhold(b"k", LIMIT, 0, NOW_US + 10_000_000) == 0
@@ -336,7 +336,7 @@ def test_what_is_withheld_held_and_paid_is_never_more_than_the_limit(seed: int, 
     chance = random.Random(seed)
     ledgers = {node: make_ledger(node, limit=limit) for node in "ab"}
     ends, withheld, held = {"a": 1, "b": 2}, dict.fromkeys("ab", 0), dict.fromkeys("ab", 0)
-    on_the_way: list[tuple[str, str, Ask | Pay]] = []
+    on_the_way: list[tuple[str, str, Ask | Payment]] = []
     now_us, paid = NOW_US, 0
     before = limit.ceiling << 32
     for _ in range(400):
@@ -364,13 +364,13 @@ def test_what_is_withheld_held_and_paid_is_never_more_than_the_limit(seed: int, 
                 on_the_way += [(node, other, ask) for ask in asks.get(other, {}).values()]
             case "arrive" if on_the_way:
                 sender, receiver, sent = on_the_way.pop(0)
-                if isinstance(sent, Pay):
+                if isinstance(sent, Payment):
                     assert ledgers[receiver].receive_payment(sender, ends[receiver], b"k", sent, now_us)
                 elif (pay := ledgers[receiver].pay(sender, b"k", sent, now_us)) is not None:
                     on_the_way.append((receiver, sender, pay))
                     paid += pay.amount
         buckets = [each.bucket(b"k", limit, now_us) for each in ledgers.values()]
-        alive = sum(sent.amount * limit.period_us for _, _, sent in on_the_way if isinstance(sent, Pay))
+        alive = sum(sent.amount * limit.period_us for _, _, sent in on_the_way if isinstance(sent, Payment))
         now = sum(max(0, each.level) for each in buckets) + sum(held.values()) + alive
         assert now <= min(limit.ceiling << 32, before + (passed_us * limit.tokens << 32))
         before = now

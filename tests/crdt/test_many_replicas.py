@@ -72,9 +72,9 @@ def test_a_bucket_counts_what_one_counts_that_hears_all_of_it_afresh(make: MakeB
             case "hear of a refund":
                 bucket.merge([entry_of(bucket, origin, age, tokens, now_us, REFUND)], now_us)
             case "correct":
-                bucket.lower_to_own_report(origin, [entry_of(bucket, origin, age, 1, now_us)], now_us)
+                bucket.correct_by_sender(origin, [entry_of(bucket, origin, age, 1, now_us)], now_us)
             case "correct a refund":
-                bucket.lower_to_own_report(origin, [entry_of(bucket, origin, age, 1, now_us, REFUND)], now_us)
+                bucket.correct_by_sender(origin, [entry_of(bucket, origin, age, 1, now_us, REFUND)], now_us)
             case "refund":
                 bucket.refund(tokens, now_us)
             case "seal":
@@ -102,7 +102,7 @@ def test_of_refund_marks_the_highest_holds_also_when_one_is_corrected() -> None:
     for origin, tokens in ((THERE[0], 9), (THERE[1], 4)):
         window.merge([entry_of(window, origin, 3, tokens, kind=REFUND)], NOW_US)
     assert window.count == counted - 9
-    assert window.lower_to_own_report(THERE[0], [entry_of(window, THERE[0], 3, 1, kind=REFUND)], NOW_US)
+    assert window.correct_by_sender(THERE[0], [entry_of(window, THERE[0], 3, 1, kind=REFUND)], NOW_US)
     assert window.count == counted - 4
 
 

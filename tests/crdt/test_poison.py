@@ -147,7 +147,7 @@ def test_what_is_said_of_an_origin_is_put_right_by_its_own_word(limit: AnyLimit)
     if isinstance(limit, WindowLimit) and limit.window is Window.FIXED:
         later_us = NOW_US
     told = list(bucket_of(there, limit).entries())
-    here.join(b"k", limit, None, told, later_us, sender=THERE)
+    here.join(b"k", limit, None, told, later_us, corrector=THERE)
     one, other = (bucket_of(store, limit, later_us) for store in (here, there))
     one.advance(later_us)
     other.advance(later_us)

@@ -40,9 +40,9 @@ def test_a_bucket_is_dropped_once_it_is_full_and_its_slots_are_behind_the_horizo
     store.bucket(b"known", LIMIT, NOW_US).take(1, NOW_US)
     store.drain_changes()
     assert store.sweep(NOW_US + 1_000_000, max_buckets=10) == 1
-    assert (len(store), store.evicted) == (1, 0)
+    assert (len(store), store.removals) == (1, 0)
     assert store.sweep(NOW_US + 2 * LIMIT.horizon_us, max_buckets=10) == 1
-    assert (len(store), store.evicted) == (0, 1)
+    assert (len(store), store.removals) == (0, 1)
 
 
 HOURLY = TokenBucketLimit(tokens=1_000, period_us=3_600_000_000, capacity=1_000)

@@ -94,13 +94,13 @@ def test_what_has_room_is_kept_of_a_ticket_and_the_rest_is_given_back() -> None:
     [waiting] = here.wait_for(100)
     wish = here.wish()
     assert wish.tokens == 2
-    here.queues.leave(waiting, Outcome.CANCELLED, NOW_US)
+    here.queues.end(waiting, Outcome.CANCELLED, NOW_US)
     assert here.bucket.take(1, NOW_US)
     assert here.ledger.accept(1, wish, Ticket(2, 50 * TOKEN), NOW_US) == 0
     assert here.bucket.remaining == 99
     [waiting] = here.wait_for(101)
     wish = here.wish(2)
-    here.queues.leave(waiting, Outcome.CANCELLED, NOW_US)
+    here.queues.end(waiting, Outcome.CANCELLED, NOW_US)
     assert here.ledger.accept(2, wish, Ticket(2, 0), NOW_US) == TOKEN
     assert here.bucket.level == here.bucket.max_level
 
@@ -208,7 +208,7 @@ def test_wishes_that_are_not_answered_give_no_hope_once_they_are_given_up() -> N
     waiting = here.wait_for(60)
     wish = here.wish()
     for each in waiting:
-        here.queues.leave(each, Outcome.EXPIRED, NOW_US)
+        here.queues.end(each, Outcome.EXPIRED, NOW_US)
     here.queues.tick([], NOW_US, 10, 100)
     here.queues.by_key[KEY].give_up(1, wish)
     here.queues.tick([], NOW_US, 10, 100)
@@ -223,7 +223,7 @@ def test_cancelling_denies_nobody_else_the_waiting() -> None:
     for number in range(1, 20):
         [waiting] = here.wait_for(180)
         wish = here.wish(number)
-        here.queues.leave(waiting, Outcome.CANCELLED, NOW_US)
+        here.queues.end(waiting, Outcome.CANCELLED, NOW_US)
         returned = here.ledger.accept(number, wish, Ticket(wish.tokens, 20 * TOKEN), NOW_US)
         assert returned == wish.tokens * TOKEN
     assert here.bucket.remaining == 100
@@ -239,8 +239,8 @@ def test_a_cancelled_request_is_not_decided() -> None:
 
     waiting = here.wait(1, decide)
     assert waiting is not None
-    here.queues.leave(waiting, Outcome.CANCELLED, NOW_US)
-    here.queues.leave(waiting, Outcome.EXPIRED, NOW_US)
+    here.queues.end(waiting, Outcome.CANCELLED, NOW_US)
+    here.queues.end(waiting, Outcome.EXPIRED, NOW_US)
     assert decided == []
     assert here.queues.waiting == 0
     assert here.queues.counts[Outcome.CANCELLED] == 1
@@ -249,7 +249,7 @@ def test_a_cancelled_request_is_not_decided() -> None:
 def test_a_request_whose_time_is_over_is_decided_by_what_there_is_then() -> None:
     here = Node()
     [waiting] = here.wait_for(1)
-    here.queues.leave(waiting, Outcome.EXPIRED, NOW_US + 250_000)
+    here.queues.end(waiting, Outcome.EXPIRED, NOW_US + 250_000)
     assert waiting.result() == b"0"
     assert (here.queues.counts[Outcome.EXPIRED], here.queues.seconds[Outcome.EXPIRED]) == (1, 0.25)
 
@@ -269,7 +269,7 @@ def test_a_tick_ends_a_bounded_number_of_waits() -> None:
     for left in (2, 1, 0):
         here.queues.tick(["b"], NOW_US, 10, 100)
         assert here.queues.waiting == left * SERVED_AT_ONCE
-    assert here.queues.counts[Outcome.ENDED] == 3 * SERVED_AT_ONCE
+    assert here.queues.counts[Outcome.CALLED_OFF] == 3 * SERVED_AT_ONCE
 
 
 def test_a_tick_serves_a_bounded_number_whatever_they_wait_for() -> None:
@@ -300,7 +300,7 @@ def test_when_rules_change_those_who_wait_are_decided_and_others_may_wait_again(
     here.queues.end_all()
     [after] = here.wait_for(1)
     here.queues.tick(["b"], NOW_US, 10, 100)
-    assert (before.outcome, after.outcome) == (Outcome.ENDED, None)
+    assert (before.outcome, after.outcome) == (Outcome.CALLED_OFF, None)
 
 
 def test_at_a_stop_all_are_decided_and_none_waits_any_more() -> None:
@@ -309,7 +309,7 @@ def test_at_a_stop_all_are_decided_and_none_waits_any_more() -> None:
     here.queues.close()
     assert here.wait() is None
     here.queues.tick(["b"], NOW_US, 10, 100)
-    assert waiting.outcome is Outcome.ENDED
+    assert waiting.outcome is Outcome.CALLED_OFF
 
 
 def test_no_more_wait_for_a_bucket_and_in_all_than_may() -> None:
@@ -335,7 +335,7 @@ def test_requests_that_come_and_go_between_two_ticks_leave_no_more_lines_than_ma
         ledger.bucket(key, limit, NOW_US)
         waiting = PendingDecision(1, lambda _now_us: b"", 250_000)
         if ledger.wait(key, waiting, NOW_US):
-            queues.leave(waiting, Outcome.EXPIRED, NOW_US)
+            queues.end(waiting, Outcome.EXPIRED, NOW_US)
     assert (queues.waiting, len(queues.by_key), queues.crowded) == (0, MAX_WAITING, MAX_WAITING)
 
 
@@ -367,7 +367,7 @@ def test_of_a_limit_of_few_tokens_nobody_is_asked_while_requests_wait() -> None:
     assert not here.bucket.take(1, NOW_US)
     [waiting] = here.wait_for(1)
     assert not here.ledger.tick(ENDS, NOW_US, 10, 100)
-    here.queues.leave(waiting, Outcome.EXPIRED, NOW_US)
+    here.queues.end(waiting, Outcome.EXPIRED, NOW_US)
     here.queues.tick(["b"], NOW_US, 10, 100)
     assert here.ledger.tick(ENDS, NOW_US, 10, 100)
 

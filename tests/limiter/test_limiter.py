@@ -217,7 +217,7 @@ def test_a_bucket_that_was_dropped_meanwhile_is_taken_from_anew() -> None:
     later_us = NOW_US + 3_600_000_000
     limiter.store.drain_changes()
     limiter.store.sweep(later_us, 10)
-    assert limiter.store.evicted == 1
+    assert limiter.store.removals == 1
     decide(limiter, request, later_us)
     [bucket] = limiter.store
     assert bucket.remaining == 19

@@ -77,7 +77,7 @@ def test_it_is_denied_when_nothing_comes() -> None:
     node = Node()
     node.use_up({"plan": "gold"})
     waiting = node.wait()
-    node.ledger.queues.leave(waiting, Outcome.EXPIRED, NOW_US + 250_000)
+    node.ledger.queues.end(waiting, Outcome.EXPIRED, NOW_US + 250_000)
     assert code_of(waiting.result()) == OVER_LIMIT
 
 
@@ -105,7 +105,7 @@ def test_a_request_with_one_short_limit_waits_and_takes_nothing_of_the_others_me
     node.use_up({"plan": "gold"})
     waiting = node.wait(make_request({"user": "ann"}, {"plan": "gold"}, {"team": "red"}))
     assert node.code_now(make_request({"user": "ann"}, hits=2)) == OK
-    node.ledger.queues.leave(waiting, Outcome.EXPIRED, NOW_US)
+    node.ledger.queues.end(waiting, Outcome.EXPIRED, NOW_US)
     statuses = RateLimitResponse.FromString(waiting.result()).statuses
     assert [status.code for status in statuses] == [OVER_LIMIT, OVER_LIMIT, OK]
 
@@ -165,7 +165,7 @@ def test_when_rules_change_who_waits_is_decided_by_the_new_ones() -> None:
     node.limiter.use_rules(rules_of(USER))
     node.ledger.queues.tick(["b"], NOW_US, 10, 1_000)
     for each in (waiting, other):
-        assert each.outcome is Outcome.ENDED
+        assert each.outcome is Outcome.CALLED_OFF
         assert code_of(each.result()) == OK
     assert len(RateLimitResponse.FromString(other.result()).statuses) == 2
 
@@ -176,6 +176,6 @@ def test_all_or_nothing_takes_nothing_when_the_wait_is_in_vain() -> None:
     node.limiter.use_rules(rules)
     node.use_up({"plan": "gold"})
     waiting = node.wait(make_request({"plan": "gold"}, {"user": "ann"}))
-    node.ledger.queues.leave(waiting, Outcome.EXPIRED, NOW_US)
+    node.ledger.queues.end(waiting, Outcome.EXPIRED, NOW_US)
     assert code_of(waiting.result()) == OVER_LIMIT
     assert node.code_now(make_request({"user": "ann"}, hits=2)) == OK

@@ -44,9 +44,9 @@ from ratelimit_sidecar.replication.rounds import (
     RANGES,
     ROUND_PIECE_WORK,
     SETTLE_US,
-    STEP_WORK,
-    STEPS,
     SUM_WORK,
+    TICK_WORK,
+    TICKS,
     Round,
     Summing,
     Work,
@@ -230,20 +230,20 @@ def test_a_pass_of_no_more_use_is_freed_a_few_ranges_at_a_time() -> None:
 
     left = [kept()]
     while left[-1]:
-        summing.step(now_us)
+        summing.do_piece(now_us)
         left.append(kept())
     assert left[0] == len(ranges) > 100
     assert all(before - after <= FREED_RANGES for before, after in pairwise(left))
-    assert len(left) < STEPS / 2
+    assert len(left) < TICKS / 2
 
 
 def next_round(summing: Summing, now_us: int) -> tuple[Round, int]:
     """The next round that is done, and when it is."""
     while True:
-        done = summing.step(now_us)
+        done = summing.do_piece(now_us)
         if done is not None:
             return done, now_us
-        if not summing.is_stepping:
+        if not summing.is_amid_tick:
             now_us += 20_000
 
 
@@ -340,10 +340,10 @@ def test_an_idle_bucket_counts_like_an_absent_one() -> None:
     assert not any(sums_of(store, at_us + PER_USER.horizon_us).sums)
 
 
-def summing_of(buckets: int, at_us: int, step_work: int = STEP_WORK) -> Summing:
+def summing_of(buckets: int, at_us: int, tick_work: int = TICK_WORK) -> Summing:
     """Of a node with so many, all settled at `at_us`, the instant of the next pass."""
     store = store_with([key_of(f"user {index}") for index in range(buckets)], at_us)
-    return Summing(store, at_us - 1, step_work=step_work)
+    return Summing(store, at_us - 1, tick_work=tick_work)
 
 
 def passes_of(summing: Summing, at_us: int, instants: int, every: int = 1) -> dict[int, tuple[frozenset[int], int]]:
@@ -359,9 +359,9 @@ def passes_of(summing: Summing, at_us: int, instants: int, every: int = 1) -> di
     for number in range(0, instants, every):
         began_us = at_us + number * EVERY_US
         for step, now_us in enumerate(range(began_us, began_us + EVERY_US, 20_000), 1):
-            found = summing.step(now_us)
-            while summing.is_stepping:
-                found = summing.step(now_us)
+            found = summing.do_piece(now_us)
+            while summing.is_amid_tick:
+                found = summing.do_piece(now_us)
             if found is not None:
                 done[number] = found.partitions, step
     return done
@@ -386,9 +386,9 @@ def state_of(summing: Summing, bucket: Bucket, at_us: int) -> int:
 
 def test_a_pass_takes_the_buckets_in_steps_and_what_is_too_much_for_one_in_several_passes() -> None:
     # Looking at all buckets comes on top of it, which is why it is enough for once.
-    step_work = 1_000 * (SUM_WORK + ORIGIN_WORK + ENTRY_WORK) // (STEPS + 1)
-    (first, steps), *others = passes_of(summing_of(1_000, FIRST_US, step_work), FIRST_US, PARTITIONS).values()
-    assert (len(first), steps > STEPS / 2) == (PARTITIONS, True)
+    tick_work = 1_000 * (SUM_WORK + ORIGIN_WORK + ENTRY_WORK) // (TICKS + 1)
+    (first, steps), *others = passes_of(summing_of(1_000, FIRST_US, tick_work), FIRST_US, PARTITIONS).values()
+    assert (len(first), steps > TICKS / 2) == (PARTITIONS, True)
     assert all(len(partitions) < PARTITIONS for partitions, _ in others)
     assert {partition for partitions, _ in others for partition in partitions} == set(range(PARTITIONS))
 
@@ -399,8 +399,8 @@ def test_a_node_to_which_too_much_for_a_pass_came_at_once_compares_it_all_the_sa
 ) -> None:
     """For so many partitions there is room in a pass."""
     a_partition = 1_000 * (SUM_WORK + ORIGIN_WORK + ENTRY_WORK) // PARTITIONS
-    step_work = int(partitions * a_partition * 1.2 / STEPS)
-    done = passes_of(summing_of(1_000, FIRST_US, step_work), FIRST_US, 256)
+    tick_work = int(partitions * a_partition * 1.2 / TICKS)
+    done = passes_of(summing_of(1_000, FIRST_US, tick_work), FIRST_US, 256)
     assert 0 not in done
     # The more a partition is beyond what a pass may cost, the fewer passes there are.
     assert len(done) == passes
@@ -413,7 +413,7 @@ def test_a_pass_that_was_given_up_for_another_reason_says_nothing_about_the_next
     summing = summing_of(6_000, FIRST_US)
     hardly = looked == "hardly at any bucket"
     for _ in range(1 if hardly else 50):
-        summing.step(FIRST_US)
+        summing.do_piece(FIRST_US)
     if not hardly:
         summing.pause()
     done = passes_of(summing, FIRST_US + EVERY_US, 2)
@@ -423,21 +423,21 @@ def test_a_pass_that_was_given_up_for_another_reason_says_nothing_about_the_next
 def test_a_step_is_taken_in_pieces() -> None:
     at_us = FIRST_US
     summing = summing_of(1_000, at_us)
-    assert not summing.is_stepping
+    assert not summing.is_amid_tick
     pieces = 1
-    done = summing.step(at_us)
-    while summing.is_stepping:
+    done = summing.do_piece(at_us)
+    while summing.is_amid_tick:
         pieces += 1
-        done = summing.step(at_us)
+        done = summing.do_piece(at_us)
     assert done is None
     a_bucket = LOOK_WORK + SUM_WORK + ORIGIN_WORK + ENTRY_WORK
     a_piece = -(-ROUND_PIECE_WORK // a_bucket) * a_bucket
-    assert pieces == -(-(STEP_WORK + LOOK_WORK * 1_000 // STEPS) // a_piece) > 5
+    assert pieces == -(-(TICK_WORK + LOOK_WORK * 1_000 // TICKS) // a_piece) > 5
     # The machine sleeps in the middle of the next one.
-    summing.step(at_us + 20_000)
-    assert summing.is_stepping
-    assert summing.step(at_us + EVERY_US) is None
-    assert not summing.is_stepping
+    summing.do_piece(at_us + 20_000)
+    assert summing.is_amid_tick
+    assert summing.do_piece(at_us + EVERY_US) is None
+    assert not summing.is_amid_tick
 
 
 CROWD = [Origin(f"node {number}", 1) for number in range(250)]
@@ -459,12 +459,12 @@ def crowded() -> tuple[Summing, Bucket]:
 def test_a_bucket_that_250_nodes_take_from_is_summed_up_in_pieces() -> None:
     summing, bucket = crowded()
     pieces, done_before, longest = 1, 0, 0
-    done = summing.step(FIRST_US)
+    done = summing.do_piece(FIRST_US)
     while done is None:
         pieces += 1
         longest = max(longest, summing.work.done - done_before)
         done_before = summing.work.done
-        done = summing.step(FIRST_US)
+        done = summing.do_piece(FIRST_US)
     # The work of one origin may come on top, and that of listing them.
     assert longest <= ROUND_PIECE_WORK + SUM_WORK + ORIGIN_WORK * len(CROWD)
     assert pieces == pytest.approx(ENTRY_WORK * bucket.slots / ROUND_PIECE_WORK, rel=0.3)
@@ -509,13 +509,13 @@ def test_a_pass_that_cannot_end_in_time_is_given_up() -> None:
         take(store, f"user {index}", 1, NOW_US)
     at_us = FIRST_US
     summing = Summing(store, at_us - 1)
-    assert summing.step(at_us) is None
+    assert summing.do_piece(at_us) is None
     # The machine slept; the next pass is the one after that.
-    assert summing.step(at_us + 2 * EVERY_US + 1) is None
+    assert summing.do_piece(at_us + 2 * EVERY_US + 1) is None
     assert summing.find(at_us) is None
-    assert summing.step(at_us + 2 * EVERY_US + 2) is None
+    assert summing.do_piece(at_us + 2 * EVERY_US + 2) is None
     while summing.find(at_us + 2 * EVERY_US) is None:
-        summing.step(at_us + 2 * EVERY_US + 3)
+        summing.do_piece(at_us + 2 * EVERY_US + 3)
 
 
 def exchange_of_nothing() -> tuple[Exchange, Peer, Round]:
@@ -526,7 +526,7 @@ def exchange_of_nothing() -> tuple[Exchange, Peer, Round]:
 
     store = store_of(node("a"))
     summing = Summing(store, FIRST_US - 1)
-    own = summing.step(FIRST_US)
+    own = summing.do_piece(FIRST_US)
     assert own is not None
     peer = peer_that(tell, store)
     return Exchange(summing, store, peer, leads=True), peer, own
@@ -613,7 +613,7 @@ def differing(step: Callable[[Bucket], None]) -> tuple[Exchange, Peer, list[byte
     bucket = take(store, "ann", 3, at_us - SETTLE_US - 2 * SLOT_US)
     told: list[bytes] = []
     summing = Summing(store, at_us - 1)
-    done = summing.step(at_us)
+    done = summing.do_piece(at_us)
     assert done is not None
     peer = peer_that(told.append, store)
     exchange = Exchange(summing, store, peer, leads=True)
@@ -710,12 +710,12 @@ def test_each_partition_has_its_turn_however_seldom_a_node_has_a_pass(stride: in
     start = NOW_US // EVERY_US // stride * stride
     # Enough for one partition in each pass, which the first few find out.
     each, before = 17, 4
-    step_work = each * (PARTITIONS * LOOK_WORK + SUM_WORK + ENTRY_WORK + 13) // STEPS
+    tick_work = each * (PARTITIONS * LOOK_WORK + SUM_WORK + ENTRY_WORK + 13) // TICKS
     keys = [key for partition in range(PARTITIONS) for key in keys_of_range(partition * PARTITION_RANGES, each)]
     # At a moment at which the order changes, too.
     for start_pass in (start, start // 4096 * 4096 - 20 * stride):
         first_us = (start_pass - before * stride) * EVERY_US
-        summing = Summing(store_with(keys, first_us, SLOW), first_us - 1, step_work=step_work)
+        summing = Summing(store_with(keys, first_us, SLOW), first_us - 1, tick_work=tick_work)
         done = passes_of(summing, first_us, (before + 2 * PARTITIONS) * stride, stride)
         passes = [partitions for number, (partitions, _) in done.items() if number >= before * stride]
         assert [len(partitions) for partitions in passes] == [1] * 2 * PARTITIONS

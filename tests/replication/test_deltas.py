@@ -67,7 +67,7 @@ class Recorder(Store):
         super().__init__(B, lambda key: limit)
         self.told: list[tuple[bytes, Base | None, list[Entry]]] = []
 
-    def join(self, key, limit, base, entries, now_us, *, sender=None):  # type: ignore[no-untyped-def]
+    def join(self, key, limit, base, entries, now_us, *, corrector=None):  # type: ignore[no-untyped-def]
         self.told.append((key, base, list(entries)))
         return len(self.told[-1][2])
 

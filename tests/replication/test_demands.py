@@ -11,7 +11,7 @@ from ratelimit_sidecar.limiter.fair_shares import Group
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.quota import Quotas
 from ratelimit_sidecar.limiter.quota_pool import MAX_RATE, QuotaStream, Usage
-from ratelimit_sidecar.replication.demands import MAX_DEMANDS, MAX_TAKEN, MAX_WANTS, STEP_WANTS, Demands
+from ratelimit_sidecar.replication.demands import MAX_DEMANDS, MAX_TAKEN, MAX_WANTS, STEP_WANTS, QuotaDemands
 from ratelimit_sidecar.replication.pings import PING_EVERY_US
 from ratelimit_sidecar.replication.replicator import Replicator
 from ratelimit_sidecar.replication.stream import Stream
@@ -31,7 +31,7 @@ class QuotaNode:
         self.quotas = Quotas(limiter, NOW_US, lambda: NOW_US, learning_us=0)
         self.quotas.tick(NOW_US)
         self.clock_us = NOW_US
-        demands = Demands(self.quotas, lambda: self.clock_us)
+        demands = QuotaDemands(self.quotas, lambda: self.clock_us)
         self.replicator = Replicator(local, limiter.store, NOW_US, demands=demands)
         self.envoy: QuotaStream = self.quotas.open(lambda: None)
 

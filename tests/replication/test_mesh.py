@@ -65,7 +65,7 @@ async def test_three_nodes_with_one_list_of_peers_that_contains_themselves_share
             for name, listen in zip("abc", addresses, strict=True)
         ]
         for each in nodes:
-            assert await each.mesh.joined(TIMEOUT_SECONDS)
+            assert await each.mesh.wait_joined(TIMEOUT_SECONDS)
         for hits, each in enumerate(nodes, start=1):
             each.take("ann", hits * 100)
         for each in nodes:
@@ -83,14 +83,14 @@ async def test_a_killed_node_gets_back_what_it_had_taken_and_the_others_go_on() 
             for name, listen in zip("abc", addresses, strict=True)
         ]
         for each in (a, b, c):
-            assert await each.mesh.joined(TIMEOUT_SECONDS)
+            assert await each.mesh.wait_joined(TIMEOUT_SECONDS)
         a.take("ann", 700)
         await b.knows("ann", 700)
         await a.kill()
         b.take("ann", 50)
         await c.knows("ann", 750)
         a = await stack.enter_async_context(sidecar("a", incarnation=2, listen=addresses[0], peers=addresses))
-        assert await a.mesh.joined(TIMEOUT_SECONDS)
+        assert await a.mesh.wait_joined(TIMEOUT_SECONDS)
         assert a.tokens("ann") == 750
         a.take("ann", 10)
         await b.knows("ann", 760)
@@ -113,7 +113,7 @@ async def test_a_peer_that_is_not_there_is_listed_by_its_address_and_found_when_
     async with sidecar("a", peers=[address]) as a:
         a.take("ann", 5)
         # It cannot be reached: nothing to wait for.
-        assert await a.mesh.joined(TIMEOUT_SECONDS)
+        assert await a.mesh.wait_joined(TIMEOUT_SECONDS)
         [status] = a.mesh.status()
         assert (status.node, status.address, status.connected) == ("", address, False)
         assert status.last_error.startswith("UNAVAILABLE")
@@ -140,7 +140,7 @@ async def test_a_node_whose_address_has_passed_to_another_one_is_forgotten_in_ti
 async def test_joining_gives_up_waiting_for_a_peer_that_accepts_and_says_nothing() -> None:
     with socket.create_server(("127.0.0.1", 0)) as mute:
         async with sidecar("a", peers=[f"127.0.0.1:{mute.getsockname()[1]}"]) as a:
-            assert not await a.mesh.joined(0.05)
+            assert not await a.mesh.wait_joined(0.05)
 
 
 async def test_joining_waits_longer_for_a_peer_that_is_still_telling_everything() -> None:
@@ -149,13 +149,13 @@ async def test_joining_waits_longer_for_a_peer_that_is_still_telling_everything(
     # None of it is used up, however busy the machine is.
     most_seconds = 3_600.0
     async with sidecar("b") as b, AsyncExitStack() as stack:
-        assert await b.mesh.joined(most_seconds)
+        assert await b.mesh.wait_joined(most_seconds)
         for number in range(buckets):
             b.take(f"user {number}", 1)
         a = await stack.enter_async_context(sidecar("a", listen=None, peers=[address_of(b)]))
         await a.until(lambda: len(a.store) > 0)
         assert len(a.store) < buckets
-        assert await a.mesh.joined(0, most_seconds)
+        assert await a.mesh.wait_joined(0, most_seconds)
         assert len(a.store) == buckets
 
 
@@ -646,7 +646,7 @@ async def test_a_node_without_strict_limits_has_no_membership() -> None:
 async def test_peers_are_told_at_once_of_a_bucket_that_gets_nearly_used_up() -> None:
     seldom = MeshBounds(flush=3_600.0)
     async with sidecar("b") as b, sidecar("a", peers=[address_of(b)], bounds=seldom) as a:
-        assert await a.mesh.joined(TIMEOUT_SECONDS)
+        assert await a.mesh.wait_joined(TIMEOUT_SECONDS)
         # Not yet: the next flush is an hour away.
         a.take("ann", 100)
         a.take("bob", PER_USER.capacity - 1)
@@ -657,15 +657,15 @@ async def test_peers_are_told_at_once_of_a_bucket_that_gets_nearly_used_up() -> 
 async def test_a_restarted_node_has_not_joined_while_a_peer_takes_it_for_a_second_one() -> None:
     async with sidecar("b") as b, sidecar("a", listen=None, peers=[address_of(b)]) as before:
         for each in (b, before):
-            assert await each.mesh.joined(TIMEOUT_SECONDS)
+            assert await each.mesh.wait_joined(TIMEOUT_SECONDS)
         before.take("ann", 7)
         await b.knows("ann", 7)
         async with sidecar("a", incarnation=2, listen=None, peers=[address_of(b)]) as restarted:
             await restarted.until(lambda: any("duplicate_node" in each.last_error for each in restarted.mesh.status()))
-            assert not await restarted.mesh.joined(0.1)
+            assert not await restarted.mesh.wait_joined(0.1)
             # Now b notices that the life before has ended.
             await before.kill()
-            assert await restarted.mesh.joined(TIMEOUT_SECONDS)
+            assert await restarted.mesh.wait_joined(TIMEOUT_SECONDS)
             assert restarted.tokens("ann") == 7
 
 

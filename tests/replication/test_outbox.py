@@ -419,7 +419,7 @@ def test_the_rest_of_a_bucket_does_not_wait_until_nothing_else_changes() -> None
 def test_buckets_that_are_gone_count_as_work_too() -> None:
     store, outbox = with_changes(2 * PIECE_WORK)
     store.sweep(NOW_US + 10 * PER_USER.horizon_us, 2 * PIECE_WORK)
-    assert store.evicted == 2 * PIECE_WORK
+    assert store.removals == 2 * PIECE_WORK
     assert [outbox.write(NOW_US) for _ in range(4)] == [True, True, True, False]
     assert outbox.take_batch() is None
     assert outbox.is_all_acknowledged
@@ -636,7 +636,7 @@ def test_evicted_buckets_are_dropped() -> None:
     take(store, "ann", 5, NOW_US)
     note(outbox, has_peers=False)
     store.sweep(NOW_US + 2 * PER_USER.horizon_us, 1)
-    assert store.evicted == 1
+    assert store.removals == 1
     assert next_batch(outbox, NOW_US) is None
 
 

@@ -28,7 +28,7 @@ class Node:
         self.ledger = ledger_of(name, PAIR, started_us)
         self.payments = PaymentExchange(self.ledger, lambda: self.strict_us)
         self.stream = self.payments.new_stream()
-        self.stream.has_tickets = True
+        self.stream.can_wish = True
 
     def bucket(self, key: bytes = KEY) -> StrictBucket:
         return self.ledger.bucket(key, PER_PLAN, self.strict_us)
@@ -222,7 +222,7 @@ def test_who_waits_is_served_from_a_ticket_that_a_peer_sends() -> None:
 def test_a_peer_that_knows_of_no_wishes_is_not_wished_of() -> None:
     a = Node()
     a.wait()
-    a.stream.has_tickets = False
+    a.stream.can_wish = False
     assert not a.asks().wishes
 
 
@@ -230,7 +230,7 @@ def test_a_wish_that_is_not_answered_is_given_up_after_a_second_and_a_later_tick
     a = Node()
     waiting = a.wait()
     assert a.asks().wishes
-    a.ledger.queues.leave(waiting, Outcome.EXPIRED, a.strict_us)
+    a.ledger.queues.end(waiting, Outcome.EXPIRED, a.strict_us)
     a.strict_us += TICKET_US
     a.payments.check_time(a.stream)
     assert a.stream.unanswered_wishes
@@ -244,27 +244,27 @@ def test_a_wish_that_is_not_answered_is_given_up_after_a_second_and_a_later_tick
 
 def test_wishes_end_with_their_stream() -> None:
     a = Node()
-    a.ledger.queues.leave(a.wait(), Outcome.EXPIRED, a.strict_us)
+    a.ledger.queues.end(a.wait(), Outcome.EXPIRED, a.strict_us)
     waiting = a.wait()
     assert a.asks().wishes
     a.payments.closed(a.stream)
     assert not a.bucket().wishes
-    a.ledger.queues.leave(waiting, Outcome.EXPIRED, a.strict_us)
+    a.ledger.queues.end(waiting, Outcome.EXPIRED, a.strict_us)
     assert a.ledger.queues.by_key[KEY].is_over
 
 
 def test_no_more_wishes_are_open_than_a_stream_may_have() -> None:
     a = Node()
     for _ in range(2 * MAX_OPEN):
-        a.stream.last_wish += 1
-        a.stream.unanswered_wishes[a.stream.last_wish] = Wish("b", KEY, 1, a.strict_us)
+        a.stream.last_wish_sent += 1
+        a.stream.unanswered_wishes[a.stream.last_wish_sent] = Wish("b", KEY, 1, a.strict_us)
     a.wait()
     assert not a.asks().wishes
 
 
 def test_a_stream_on_which_there_are_no_numbers_left_for_wishes_is_closed_and_not_wished_on() -> None:
     a = Node()
-    a.stream.last_wish = MAX_WISHES
+    a.stream.last_wish_sent = MAX_WISHES
     a.wait()
     a.payments.check_time(a.stream)
     assert [wish.number for wish in a.asks().wishes] == [MAX_WISHES + 1]
@@ -323,7 +323,7 @@ def test_no_tickets_are_kept_for_a_peer_that_does_not_read_them() -> None:
     b = Node("b")
     for number in range(2 * MAX_OPEN):
         b.payments.receive("a", pb.Payments(wishes=[pb.Wish(number=number + 1, key=KEY)]), b.stream)
-    assert len(b.stream.tickets) == MAX_OPEN
+    assert len(b.stream.tickets_to_send) == MAX_OPEN
 
 
 def test_what_is_returned_on_another_stream_frees_nothing() -> None:

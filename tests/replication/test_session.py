@@ -175,7 +175,7 @@ def test_a_peer_that_shows_no_membership_or_speaks_a_protocol_without_payments_n
     fields: dict[str, object],
 ) -> None:
     session = paying_session(**fields)
-    assert not session.pays
+    assert not session.can_pay
     assert_closes_after_hello(session, frame(payments=pb.Payments()))
 
 
@@ -186,14 +186,14 @@ def test_a_peer_that_shows_no_membership_or_speaks_a_protocol_without_payments_n
 def test_a_peer_that_speaks_a_protocol_without_wishes_sends_none(protocol: int, field: dict[str, Any]) -> None:
     session = Session(node("a", membership=MEMBERSHIP), NOW_US)
     session.receive(hello(protocol=protocol, membership=membership(3, a=2, b=1)), NOW_US)
-    assert (session.pays, session.wishes) == (True, False)
+    assert (session.can_pay, session.can_wish) == (True, False)
     assert_closes(session, frame(payments=pb.Payments(**field)), Reason.UNEXPECTED)
 
 
 def test_a_node_without_membership_takes_no_payments_of_a_peer_that_has_one() -> None:
     session = new_session()
     session.receive(hello(membership=membership(b=1)), NOW_US)
-    assert not session.pays
+    assert not session.can_pay
     assert_closes_after_hello(session, frame(payments=pb.Payments()))
 
 

@@ -127,10 +127,10 @@ async def test_after_its_handshake_a_connection_waits_for_turns_of_calls_alone(t
     context.set_alpn_protocols(["h2"])
     async with serving(Turns()) as server:
         _, budget = await server.connect("a client", certificate.new_session())
-        assert (len(budget.handshakes.on_waiting), len(budget.calls.on_waiting)) == (1, 0)
+        assert (len(budget.handshake_queue.on_waiting), len(budget.call_queue.on_waiting)) == (1, 0)
         await asyncio.to_thread(RecordWriter.shake_hands, server.clients[0], context, tmp_path)
-        await until(lambda: len(budget.calls.on_waiting) == 1)
-        assert not budget.handshakes.on_waiting
+        await until(lambda: len(budget.call_queue.on_waiting) == 1)
+        assert not budget.handshake_queue.on_waiting
 
 
 async def test_a_read_is_time_of_its_address_however_little_is_read() -> None:
@@ -148,7 +148,7 @@ async def test_who_reads_answers_again_is_read_again_in_the_turn_of_its_address(
         protocol, budget = await server.connect("a client")
         if is_paused == "before":
             protocol.pause_writing()
-        clock.turns.join(budget.calls, lambda: None)
+        clock.turns.join(budget.call_queue, lambda: None)
         if is_paused == "after":
             protocol.pause_writing()
         protocol.resume_writing()
@@ -179,7 +179,7 @@ async def test_of_very_many_that_leave_at_once_a_few_are_let_go_in_one_turn_of_t
         assert server.closing() <= READ_AT_ONCE
         await until(lambda: not budget.connections)
         # Nothing is left of them.
-        assert not budget.calls.on_waiting
+        assert not budget.call_queue.on_waiting
 
 
 async def test_what_very_many_held_that_are_cut_off_at_once_is_freed_in_turns_of_the_loop() -> None:

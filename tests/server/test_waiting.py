@@ -142,7 +142,7 @@ async def test_a_call_that_there_is_no_memory_for_is_decided_at_once(kind: str) 
         codes = [code_of(answer) for answer in await asyncio.gather(*calls)]
         assert (
             codes.count(OVER_LIMIT)
-            == service.queues.counts[Outcome.ENDED]
+            == service.queues.counts[Outcome.CALLED_OFF]
             == 10 - service.queues.counts[Outcome.SERVED]
         )
 

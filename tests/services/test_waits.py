@@ -102,7 +102,7 @@ async def test_of_many_that_are_served_at_once_a_bounded_number_is_answered_in_a
     waits = [ask(service) for _ in range(2 * STEP)]
     for number, waiting in enumerate(waits):
         waiting.on_end = lambda number=number: answered.append(number)
-        service.queues.leave(waiting, Outcome.SERVED, NOW_US)
+        service.queues.end(waiting, Outcome.SERVED, NOW_US)
     await asyncio.sleep(0)
     assert len(answered) == STEP
     await asyncio.sleep(0)

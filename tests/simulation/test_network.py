@@ -199,8 +199,8 @@ def test_the_simulated_clock_does_what_the_products_clock_does(seed: int, monkey
         if draw.random() < 0.1:
             simulated.system_ahead_us = draw.choice((-MS, 40 * MS, -600 * MS, 15 * SECOND_US, 40 * SECOND_US))
         peers_ahead_us = [draw.choice((0, simulated.system_ahead_us - simulated.ahead_us))] * draw.randrange(3)
-        clock_steps_us = simulated.slew(peers_ahead_us)
-        stepped_us = real.slew(peers_ahead_us)
+        clock_steps_us = simulated.discipline(peers_ahead_us)
+        stepped_us = real.discipline(peers_ahead_us)
         assert clock_steps_us == stepped_us
         jumps += clock_steps_us != 0
         assert simulated.now_us() == real.now_us()
