@@ -508,7 +508,7 @@ async def test_while_it_waits_for_rules_nothing_is_kept_for_peers() -> None:
     waiting = Mesh(origin=local.origin, region="", version="0", store=store, now_us=now_us)
     there_are_rules = asyncio.Event()
     async with asyncio.TaskGroup() as tasks, asyncio.timeout(TIMEOUT_SECONDS):
-        wait = tasks.create_task(waiting.wait(there_are_rules))
+        wait = tasks.create_task(waiting.flush_until(there_are_rules))
         take(store, "user", 1, now_us())
         while store.journal.buckets:  # noqa: ASYNC110 (a flush wakes nobody)
             await asyncio.sleep(0.005)
