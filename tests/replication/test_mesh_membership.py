@@ -74,7 +74,7 @@ async def test_every_address_of_a_name_is_dialled_and_new_ones_when_they_come() 
         sidecar("c", listen=f"127.0.0.3:{port}"),
         sidecar("a", listen=None, peers=[f"mesh:{port}"], resolver=names.resolver) as a,
     ):
-        assert await a.mesh.joined(TIMEOUT_SECONDS)
+        assert await a.mesh.wait_joined(TIMEOUT_SECONDS)
         assert [(status.node, status.address) for status in a.mesh.status()] == [("b", f"127.0.0.2:{port}")]
         names.addresses["mesh"].append("127.0.0.3")
         await a.connected_to("c")
@@ -114,7 +114,7 @@ async def test_a_node_finds_itself_behind_a_name_and_ignores_it() -> None:
         sidecar("c", listen=f"127.0.0.3:{port}", peers=[f"mesh:{port}"], resolver=names.resolver) as c,
     ):
         for each, other in ((b, "c"), (c, "b")):
-            assert await each.mesh.joined(TIMEOUT_SECONDS)
+            assert await each.mesh.wait_joined(TIMEOUT_SECONDS)
             assert [status.node for status in each.mesh.status()] == [other]
 
 
@@ -348,7 +348,7 @@ async def test_a_name_that_cannot_be_resolved_keeps_its_addresses_and_is_told_on
 async def test_a_name_without_addresses_does_not_hold_up_who_waits_for_the_peers() -> None:
     names = Names(empty=[])
     async with sidecar("a", listen=None, peers=["nowhere:1", "empty:1"], resolver=names.resolver) as a:
-        assert await a.mesh.joined(TIMEOUT_SECONDS)
+        assert await a.mesh.wait_joined(TIMEOUT_SECONDS)
         assert [(status.address, status.last_error) for status in a.mesh.status()] == [
             ("nowhere:1", "Name or service not known"),
             ("empty:1", "it has no addresses"),
@@ -413,7 +413,7 @@ async def test_a_peer_under_two_addresses_has_one_stream_and_the_other_address_w
             sidecar("a", listen=None, peers=[one.address, other.address]) as a,
         ):
             await a.until(lambda: bool(events(logs, "peer_has_two_addresses")))
-            assert await a.mesh.joined(TIMEOUT_SECONDS)
+            assert await a.mesh.wait_joined(TIMEOUT_SECONDS)
             line = events(logs, "peer_has_two_addresses")[0]
             parked, used = (one, other) if line["address"] == one.address else (other, one)
             [status] = a.mesh.status()
@@ -435,7 +435,7 @@ async def test_an_address_of_a_connected_peer_waits_and_is_not_dialled_again_and
         way(address_of(b)) as other,
         sidecar("a", listen=None, peers=[one.address, other.address], redial=at_once) as a,
     ):
-        assert await a.mesh.joined(TIMEOUT_SECONDS)
+        assert await a.mesh.wait_joined(TIMEOUT_SECONDS)
         # Time enough for a dial each.
         for hits in range(1, 21):
             a.take(f"user {hits}", hits)

@@ -46,7 +46,7 @@ async def test_nodes_with_certificates_of_one_authority_share_what_they_take(tmp
         sidecar("b", listen=addresses[1], peers=addresses, certificate=of_b) as b,
     ):
         for each in (a, b):
-            assert await each.mesh.joined(TIMEOUT_SECONDS)
+            assert await each.mesh.wait_joined(TIMEOUT_SECONDS)
         a.take("ann", 5)
         b.take("ann", 7)
         for each in (a, b):

@@ -103,9 +103,9 @@ async def test_when_an_address_has_to_wait_none_of_its_connections_is_read_befor
     async with serving(clock.turns) as server:
         for address in ["other", *["busy"] * 250]:
             _, busy = await server.connect(address)
-        clock.turns.note(busy.calls, QUANTUM_NS)
+        clock.turns.note(busy.call_queue, QUANTUM_NS)
         assert len(server.being_read()) == 251
-        clock.turns.note(busy.calls, QUANTUM_NS)
+        clock.turns.note(busy.call_queue, QUANTUM_NS)
         being_read = [server.being_read()]
         while len(being_read[-1]) < 251:
             await asyncio.sleep(0)
