@@ -26,6 +26,7 @@ from envoy_data_plane.envoy.config.core.v3 import (
     GrpcService,
     GrpcServiceEnvoyGrpc,
     Http2ProtocolOptions,
+    KeepaliveSettings,
     Node,
     Pipe,
     SocketAddress,
@@ -80,9 +81,16 @@ _MANY_AT_ONCE = CircuitBreakers(
 """A call that Envoy's circuit breaker refuses is an error, with which the request passes. By default it refuses those
 beyond 1,024 at once, which one client can have.
 """
-_MANY_RESETS = Http2ProtocolOptions(max_outbound_frames=1_000_000, max_outbound_control_frames=100_000)
+_LASTING = Http2ProtocolOptions(
+    max_outbound_frames=1_000_000,
+    max_outbound_control_frames=100_000,
+    connection_keepalive=KeepaliveSettings(
+        interval=datetime.timedelta(seconds=5), timeout=datetime.timedelta(seconds=5)
+    ),
+)
 """With more frames that wait to be sent Envoy ends the connection, and all calls on it fail. By default 1,000 resets
-are enough, which clients cause that give up their requests.
+are enough, which clients cause that give up their requests. And when a sidecar's node has vanished Envoy ends it within
+10 s, instead of the quarter of an hour that TCP tries.
 """
 
 _HEADER = """\
@@ -235,7 +243,7 @@ def _cluster(
 ) -> Cluster:
     endpoint = LbEndpoint(endpoint=Endpoint(address=_address(address)))
     options = HttpProtocolOptions(
-        explicit_http_config=HttpProtocolOptionsExplicitHttpConfig(http2_protocol_options=_MANY_RESETS)
+        explicit_http_config=HttpProtocolOptionsExplicitHttpConfig(http2_protocol_options=_LASTING)
     )
     return Cluster(
         name=name,

@@ -60,6 +60,19 @@ def test_thousands_of_requests_at_once_wait_for_the_sidecar(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*ASKS_THE_SIDECAR, "quotas/envoy.yaml"])
+def test_a_connection_to_a_sidecar_whose_node_vanished_is_ended_soon(name: str) -> None:
+    """Until then calls pass, and a health check takes out a host, not a connection (docs/tuning.md)."""
+    found = 0
+    for cluster in envoy_config(name)["static_resources"]["clusters"]:
+        for options in cluster.get("typed_extension_protocol_options", {}).values():
+            http2 = options["explicit_http_config"].get("http2_protocol_options")
+            if "sidecar" in cluster["name"] and "pipe" not in str(cluster) and http2 is not None:
+                assert http2["connection_keepalive"] == {"interval": "5s", "timeout": "5s"}
+                found += 1
+    assert found or name in ("filters/envoy-ext-authz-http.yaml", "../deploy/istio/workload.yaml")
+
+
+@pytest.mark.parametrize("name", [*ASKS_THE_SIDECAR, "quotas/envoy.yaml"])
 def test_envoy_takes_an_example(tmp_path: Path, name: str) -> None:
     file = tmp_path / "envoy.yaml"
     file.write_text(yaml.safe_dump(envoy_config(name)))
