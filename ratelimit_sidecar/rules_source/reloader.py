@@ -109,11 +109,11 @@ class Reloader:
                 rules, count = await self.read_in_thread(lambda: _read_and_count(read))
             retired = self._use_rules(rules)
         except ConfigError as error:
-            self._note_rejection(version, error.problems)
+            self.note_rejection(version, error.problems)
         except Exception:
             # A bug that some rules trigger must not end the process: the next rules may work.
             _log.exception("rules_load_failed", source=self.source, version=version)
-            self._note_rejection(version, [Problem(self.source, None, None, "", "what this program failed at")])
+            self.note_rejection(version, [Problem(self.source, None, None, "", "what this program failed at")])
         else:
             self._note_success(version, count)
             _log.info("rules_loaded", source=self.source, version=version, rules=count)
@@ -155,7 +155,12 @@ class Reloader:
         self.rejected = None
         self.has_rules.set()
 
-    def _note_rejection(self, version: str, problems: Sequence[Problem]) -> None:
+    def note_rejection(self, version: str, problems: Sequence[Problem], in_force: str = "") -> None:
+        """Remember and log what could not be put in force.
+
+        Args:
+            in_force: what is, for people; the rules from before unless said otherwise.
+        """
         self.loads["error"] += 1
         self.rejected = Rejected(version, self._now_us(), problems)
         for problem in problems[:MAX_PROBLEMS_LOGGED]:
@@ -165,7 +170,7 @@ class Reloader:
             source=self.source,
             version=version,
             problems=len(problems),
-            in_force="none" if self.loaded is None else "the rules from before",
+            in_force=in_force or ("none" if self.loaded is None else "the rules from before"),
         )
 
 

@@ -6,7 +6,7 @@ limit, and proto3 does not send zeros.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import structlog
 from google.protobuf.json_format import MessageToDict
@@ -29,8 +29,8 @@ Data = dict[str, object]
 _log = structlog.stdlib.get_logger(__name__)
 
 
-def data_of(response: DiscoveryResponse) -> dict[str, Data]:
-    """The data of each resource of a response, by its name. Errors quote it as they quote a file's name.
+def resources_of(response: DiscoveryResponse) -> dict[str, RateLimitConfig]:
+    """The resources of a response, by name. Errors quote it as they quote a file's name.
 
     Raises:
         ConfigError: some are not `RateLimitConfig`s, or the response is about something else.
@@ -38,7 +38,7 @@ def data_of(response: DiscoveryResponse) -> dict[str, Data]:
     if response.type_url != TYPE_URL:
         # Without resources it would read as: there are no rules any more.
         raise ConfigError([Problem("response", None, None, "", f"the type {quoted(response.type_url)}", TYPE_URL)])
-    found: dict[str, Data] = {}
+    found: dict[str, RateLimitConfig] = {}
     problems: list[Problem] = []
     for index, resource in enumerate(response.resources):
         config = RateLimitConfig()
@@ -53,7 +53,7 @@ def data_of(response: DiscoveryResponse) -> dict[str, Data]:
             continue
         # Names should be there and be unique; nothing depends on it here but who is blamed.
         name = config.name if config.name and config.name not in found else f"{config.name} ({place})".lstrip()
-        found[name] = _config(config)
+        found[name] = config
         unknown = sorted(set(_unknown_fields(config)))
         if unknown:
             # Refused, they would keep a newer server's rules from being used at all.
@@ -74,8 +74,28 @@ def _unknown_fields(message: Message) -> Iterator[str]:
                 yield from _unknown_fields(below)
 
 
-def _config(config: RateLimitConfig) -> Data:
-    return {"domain": config.domain, "descriptors": [_descriptor(below) for below in config.descriptors]}
+def data_of(resources: Mapping[str, RateLimitConfig]) -> dict[str, Data]:
+    """The data of each resource, by its name."""
+    return {
+        name: {"domain": config.domain, "descriptors": _descriptors(config.descriptors)}
+        for name, config in resources.items()
+    }
+
+
+def _descriptors(descriptors: Sequence[RateLimitDescriptor]) -> list[Data]:
+    """Those of one level. Where one has the limit of a key and value, and the next what is below, they are one:
+    Envoy Gateway says so of a network with a limit for all of its addresses and another for each.
+    """
+    found: list[Data] = []
+    last: dict[tuple[str, str], Data] = {}
+    for descriptor in descriptors:
+        data = _descriptor(descriptor)
+        same = last.setdefault((descriptor.key, descriptor.value), data)
+        if same is data or same.keys() & data.keys() - {"key", "value"}:
+            found.append(data)
+        else:
+            same.update(data)
+    return found
 
 
 def _descriptor(descriptor: RateLimitDescriptor) -> Data:
@@ -90,7 +110,7 @@ def _descriptor(descriptor: RateLimitDescriptor) -> Data:
     if descriptor.HasField("metadata"):
         data["metadata"] = MessageToDict(descriptor.metadata)
     if descriptor.descriptors:
-        data["descriptors"] = [_descriptor(below) for below in descriptor.descriptors]
+        data["descriptors"] = _descriptors(descriptor.descriptors)
     return data
 
 

@@ -1,15 +1,23 @@
 """Rules from an xDS server, over one ADS stream on grpc.aio, which is dialled again for ever.
 
 `subscription` decides what is sent on the stream. When the server is away, or was never there, its last rules stay in
-force.
+force. Two mishaps of a server take nobody's limits away:
+
+- **A resource that cannot be used.** The others of the response are put in force, and it stays as it was before. The
+  response is refused nevertheless, so that the server is told (gRFC A46, "xDS NACK semantics improvement").
+- **A server that has begun anew**, and says what it has piece by piece, as Envoy Gateway does Gateway by Gateway. On a
+  new stream a resource that is missing stays until the server has said nothing for `SETTLED_SECONDS`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 from urllib.parse import urlsplit
 
 import grpc
@@ -19,6 +27,7 @@ from google.protobuf.message import DecodeError
 from tenacity import AsyncRetrying, retry_if_result, wait_random_exponential
 
 from ratelimit_sidecar import __version__
+from ratelimit_sidecar.config.errors import ConfigError, Problem
 from ratelimit_sidecar.config.proxies import grpc_proxy
 from ratelimit_sidecar.config.reclamation import free_in_pieces, pieces_of_data
 from ratelimit_sidecar.config.regular_file import read_regular_file
@@ -27,8 +36,9 @@ from ratelimit_sidecar.envoy_api.envoy.config.core.v3.base_pb2 import Node
 from ratelimit_sidecar.envoy_api.envoy.service.discovery.v3.discovery_pb2 import DiscoveryRequest, DiscoveryResponse
 from ratelimit_sidecar.limiter.rules import Rules
 from ratelimit_sidecar.rules_source.reloader import Reloader
-from ratelimit_sidecar.rules_source.resources import TYPE_URL, Data, data_of
+from ratelimit_sidecar.rules_source.resources import TYPE_URL, Data, data_of, resources_of
 from ratelimit_sidecar.rules_source.subscription import Subscription
+from ratelimit_sidecar.rules_source.v3.rls_conf_pb2 import RateLimitConfig
 from ratelimit_sidecar.threads import in_daemon_thread
 
 METHOD = "/envoy.service.discovery.v3.AggregatedDiscoveryService/StreamAggregatedResources"
@@ -43,6 +53,9 @@ LASTING_SECONDS = 10.0
 """A stream that lasted this long was fine: the server is dialled again at once, and the waits start from the
 beginning.
 """
+
+SETTLED_SECONDS = 5.0
+"""A stream on which nothing came for so long has said all that there is."""
 
 MAX_RESPONSE_BYTES = 32 * 1024 * 1024
 """The largest response: several 100,000 rules. A larger one ends the stream."""
@@ -63,6 +76,22 @@ _OPTIONS = (
 _log = structlog.stdlib.get_logger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """What was read of a response.
+
+    Args:
+        resources: those that the rules consist of, by name.
+        problems: of those that cannot be used.
+        has_kept: some are of a former response, since this one lacks them.
+    """
+
+    rules: Rules
+    resources: Mapping[str, RateLimitConfig]
+    problems: Sequence[Problem]
+    has_kept: bool
+
+
 class XdsClient:
     """Gets rules from an xDS server while `run` runs.
 
@@ -77,6 +106,10 @@ class XdsClient:
         node = Node(id=config.node_id, user_agent_name="ratelimit-sidecar", user_agent_version=__version__)
         node.metadata.update(config.node_metadata)
         self._subscription = Subscription(TYPE_URL, node)
+        self._in_force: Mapping[str, RateLimitConfig] = {}
+        """The resources that the rules in force consist of, by name."""
+        self._lacking: DiscoveryResponse | None = None
+        """The last response, if it lacks some of these."""
 
     async def run(self, reloader: Reloader) -> None:
         """Put the server's rules in force, until cancelled."""
@@ -127,37 +160,96 @@ class XdsClient:
             await _write(call, self._subscription.begin())
             reloader.degraded_reason = ""
             _log.info("xds_connected", server=self._config.server, version=self._subscription.version)
-            while True:
-                raw = await call.read()
-                if raw is grpc.aio.EOF:
-                    return "the server hung up"
-                try:
-                    response = DiscoveryResponse.FromString(raw)
-                except DecodeError:
-                    return "the server sent something else than a DiscoveryResponse"
-                answer = await self._answer(response, reloader)
-                await asyncio.sleep(self._subscription.hold_seconds)
-                await _write(call, answer)
+            reading: asyncio.Future[Any] | None = None
+            response: DiscoveryResponse | None = None
+            is_settling = bool(self._in_force)
+            try:
+                while True:
+                    reading = reading or asyncio.ensure_future(call.read())
+                    if is_settling and response is not None:
+                        await asyncio.wait([reading], timeout=SETTLED_SECONDS)
+                        is_settling = reading.done()
+                        if not is_settling and self._lacking is not None:
+                            await self._load(self._lacking, reloader, keeps_missing=False)
+                    raw, reading = await reading, None
+                    if raw is grpc.aio.EOF:
+                        return "the server hung up"
+                    try:
+                        response = DiscoveryResponse.FromString(raw)
+                    except DecodeError:
+                        return "the server sent something else than a DiscoveryResponse"
+                    await self._load(response, reloader, keeps_missing=is_settling)
+                    answer = self._answer(response, reloader)
+                    await asyncio.sleep(self._subscription.hold_seconds)
+                    await _write(call, answer)
+            finally:
+                if reading is not None:
+                    reading.cancel()
 
-    async def _answer(self, response: DiscoveryResponse, reloader: Reloader) -> DiscoveryRequest:
-        rejected = await reloader.load(lambda: self._rules_of(response), response.version_info)
-        if rejected is None:
+    async def _load(self, response: DiscoveryResponse, reloader: Reloader, *, keeps_missing: bool) -> None:
+        """Put a response's rules in force.
+
+        Args:
+            keeps_missing: also resources in force that it lacks.
+        """
+        found: list[_Read] = []
+
+        def read() -> Rules:
+            found.append(self._read_response(response, keeps_missing=keeps_missing))
+            return found[0].rules
+
+        rejected = await reloader.load(read, response.version_info)
+        if rejected is not None:
+            return
+        self._in_force = found[0].resources
+        self._lacking = response if found[0].has_kept else None
+        if found[0].problems:
+            in_force = "all other resources, and these as they were before"
+            reloader.note_rejection(response.version_info, found[0].problems, in_force)
+
+    def _answer(self, response: DiscoveryResponse, reloader: Reloader) -> DiscoveryRequest:
+        if reloader.rejected is None:
             return self._subscription.accept(response)
-        return self._subscription.reject(response, "\n".join(map(str, islice(rejected.problems, _MAX_PROBLEMS_TOLD))))
+        problems = islice(reloader.rejected.problems, _MAX_PROBLEMS_TOLD)
+        return self._subscription.reject(response, "\n".join(map(str, problems)))
 
-    def _rules_of(self, response: DiscoveryResponse) -> Rules:
-        """The rules in a response. It runs in a thread.
+    def _read_response(self, response: DiscoveryResponse, *, keeps_missing: bool) -> _Read:
+        """Read a response, and in place of resources that cannot be used those in force. It runs in a thread.
+
+        Raises:
+            ConfigError: nothing of it can be used.
+        """
+        received = resources_of(response)
+        former = self._in_force
+        kept = {name: former[name] for name in former.keys() - received.keys()} if keeps_missing else {}
+        resources = {**received, **kept}
+        try:
+            return _Read(self._rules_of(resources), resources, (), bool(kept))
+        except ConfigError as error:
+            bad = {problem.file for problem in error.problems}
+            usable = {name: former.get(name) if name in bad else each for name, each in resources.items()}
+            resources = {name: each for name, each in usable.items() if each is not None}
+            if bad <= usable.keys() and resources:
+                with suppress(ConfigError):
+                    return _Read(self._rules_of(resources), resources, error.problems, bool(kept))
+            if kept:
+                # What is kept contradicts what is new: the same rules have another name.
+                return self._read_response(response, keeps_missing=False)
+            raise
+
+    def _rules_of(self, resources: Mapping[str, RateLimitConfig]) -> Rules:
+        """The rules of these resources.
 
         Raises:
             ConfigError: they cannot be used.
         """
-        resources = data_of(response)
+        data = data_of(resources)
         try:
-            return self._read(resources)
+            return self._read(data)
         finally:
-            pieces = pieces_of_data(resources.values())
-            # The frames that an exception keeps refer to `resources`.
-            resources.clear()
+            pieces = pieces_of_data(data.values())
+            # The frames that an exception keeps refer to `data`.
+            data.clear()
             free_in_pieces(pieces)
 
     async def _channel(self) -> grpc.aio.Channel:

@@ -96,7 +96,7 @@ async def test_a_bad_update_is_refused_with_the_error_and_changes_nothing() -> N
     server.publish("1", config("shop", "user"))
     async with serving(server), following(server.address) as recorder:
         assert await recorder.next_load() == ["shop"]
-        bad_nonce = server.publish("2", config("bank", "user"), broken("mint"))
+        bad_nonce = server.publish("2", broken("mint"))
         nack = [await server.heard() for _ in range(3)][-1]
         assert (nack.version_info, nack.response_nonce) == ("1", bad_nonce)
         assert nack.error_detail.code == 3
@@ -109,6 +109,76 @@ async def test_a_bad_update_is_refused_with_the_error_and_changes_nothing() -> N
         ack = await server.heard()
         assert (ack.version_info, ack.response_nonce) == ("3", good_nonce)
         assert recorder.reloader.rejected is None
+
+
+async def test_what_is_bad_in_one_resource_holds_up_no_other_and_that_one_stays_as_it_was() -> None:
+    """One team's mistake at an Envoy Gateway is not the end of all other teams' limits."""
+    server = XdsServer()
+    server.publish("1", config("shop", "user"), config("mint", "user"))
+    async with serving(server), following(server.address) as recorder:
+        assert await recorder.next_load() == ["mint", "shop"]
+        bad_nonce = server.publish("2", config("shop", "user"), broken("mint"), config("bank", "user"))
+        assert await recorder.next_load() == ["bank", "mint", "shop"]
+        nack = [await server.heard() for _ in range(3)][-1]
+        assert (nack.version_info, nack.response_nonce) == ("1", bad_nonce)
+        assert nack.error_detail.message.startswith("mint: ")
+        assert recorder.reloader.rejected is not None
+        assert recorder.reloader.loaded is not None
+        assert recorder.reloader.loaded.version == "2"
+        server.publish("3", config("shop", "user"))
+        assert await recorder.next_load() == ["shop"]
+        assert (await server.heard()).version_info == "3"
+        assert recorder.reloader.rejected is None
+
+
+async def test_at_the_first_start_a_bad_resource_keeps_the_others_from_nothing() -> None:
+    server = XdsServer()
+    server.publish("1", config("shop", "user"), broken("mint"))
+    async with serving(server), following(server.address) as recorder:
+        assert await recorder.next_load() == ["shop"]
+        nack = [await server.heard() for _ in range(2)][-1]
+        assert (nack.version_info, nack.error_detail.code) == ("", 3)
+
+
+async def test_a_server_that_begins_anew_and_says_what_it_has_piece_by_piece_takes_no_rules_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As Envoy Gateway does, Gateway by Gateway. What it has said nothing of goes once it is silent."""
+    monkeypatch.setattr(module, "SETTLED_SECONDS", 0.3)
+    server = XdsServer()
+    server.publish("1", config("shop", "user"), config("bank", "user"), config("mint", "user"))
+    async with contextlib.AsyncExitStack() as stack:
+        async with serving(server):
+            recorder = await stack.enter_async_context(following(server.address))
+            assert await recorder.next_load() == ["bank", "mint", "shop"]
+        restarted = XdsServer()
+        restarted.publish("1", config("shop", "user"))
+        async with serving(restarted, server.address):
+            assert await recorder.next_load() == ["bank", "mint", "shop"]
+            restarted.publish("2", config("shop", "user"), config("bank", "user"))
+            assert await recorder.next_load() == ["bank", "mint", "shop"]
+            assert await recorder.next_load() == ["bank", "shop"]
+            # From now on it is believed at once.
+            monkeypatch.setattr(module, "SETTLED_SECONDS", 3_600)
+            restarted.publish("3", config("bank", "user"))
+            assert await recorder.next_load() == ["bank"]
+
+
+async def test_of_a_resource_with_another_name_after_a_restart_the_former_one_goes_at_once() -> None:
+    server = XdsServer()
+    server.publish("1", config("shop", "user"))
+    async with contextlib.AsyncExitStack() as stack:
+        async with serving(server):
+            recorder = await stack.enter_async_context(following(server.address))
+            assert await recorder.next_load() == ["shop"]
+        renamed = config("shop", "user", "path")
+        renamed.name = "another"
+        restarted = XdsServer()
+        restarted.publish("1", renamed)
+        async with serving(restarted, server.address):
+            assert await recorder.next_load() == ["shop"]
+            assert recorder.reloader.loaded is not None
+            assert recorder.reloader.loaded.rules == 2
 
 
 async def test_a_server_that_sends_what_was_refused_again_at_once_is_answered_ever_more_slowly() -> None:
@@ -161,7 +231,7 @@ async def test_after_a_restart_the_server_is_asked_again_and_the_rules_stay_mean
         restarted = XdsServer()
         restarted.publish("1", config("bank", "user"))
         async with serving(restarted, server.address):
-            assert await recorder.next_load() == ["bank"]
+            assert await recorder.next_load() == ["bank", "shop"]
             first, ack = await restarted.heard(), await restarted.heard()
             assert (first.node.id, first.version_info, first.response_nonce) == ("sidecar-1", "", "")
             assert (ack.version_info, ack.response_nonce) == ("1", "nonce 1")
@@ -200,7 +270,7 @@ async def test_a_server_that_sends_noise_is_left_and_dialled_again() -> None:
         server.publish_bytes(b"\xff\xff\xff")
         await until_trouble(recorder, "something else than a DiscoveryResponse")
         server.publish("2", config("bank", "user"))
-        assert await recorder.next_load() == ["bank"]
+        assert await recorder.next_load() == ["bank", "shop"]
 
 
 async def test_a_server_that_takes_the_connection_and_nothing_else_is_given_up() -> None:
