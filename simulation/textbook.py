@@ -23,7 +23,7 @@ class TextbookBucket:
     def take(self, now_us: int, hits: int = 1) -> bool:
         """Admit and charge the tokens when they are there."""
         self.drain(now_us)
-        is_admitted = self.deficit + hits * self.limit.period_us <= self.limit.ceiling
+        is_admitted = self.deficit + hits * self.limit.period_us <= self.limit.scaled_capacity
         if is_admitted:
             self.deficit += hits * self.limit.period_us
         return is_admitted
@@ -38,7 +38,7 @@ class TextbookBucket:
         """
         self.drain(now_us)
         self.deficit += hits * self.limit.period_us
-        return self.deficit - self.limit.ceiling
+        return self.deficit - self.limit.scaled_capacity
 
 
 def ideal(limit: TokenBucketLimit, times_us: Iterable[int]) -> int:

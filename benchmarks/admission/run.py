@@ -106,7 +106,7 @@ def run(scenario: Scenario, policy_name: str, seed: int) -> Outcome:
         for at_us, region in draw(scenario.loads, Random(f"{seed}, {scenario.name}, demand"))
     ]
     loop = Loop()
-    loop.now_us = START_US - WARM_UP_US - limit.ceiling // limit.tokens
+    loop.now_us = START_US - WARM_UP_US - limit.scaled_capacity // limit.tokens
     random = Random(f"{seed}, {scenario.name}, {policy_name}")
     names = scenario.topology.regions
     network = Network(loop, random, scenario.topology.ways(scenario.loss_per_mille))

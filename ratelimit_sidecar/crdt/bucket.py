@@ -471,13 +471,13 @@ class Bucket(ABC):
         crossed a further 1/16 to 1/8 of the limit, a peer that is behind only hears of the bucket before others.
 
         Args:
-            before, after: what counted against the limit, in the unit of its `ceiling`.
+            before, after: what counted against the limit, in the unit of its `scaled_capacity`.
         """
         if self.journal is not None:
             if before < limit.urgent_from <= after:
                 self.journal.mark_urgent(self)
             # Bits from `step_bits` up differ: there is a multiple of 2**step_bits between the two.
-            elif after <= limit.ceiling and (before ^ after) >> limit.step_bits:
+            elif after <= limit.scaled_capacity and (before ^ after) >> limit.step_bits:
                 self.journal.urgent.add(self)
 
     def _write_refund(self, slot: int, count: int) -> None:

@@ -40,7 +40,7 @@ def draw_needs(bucket: GrantedBucket, strict_us: int) -> Needs | None:
     held = bucket.held
     wanted = max(0, target - held)
     if wanted:
-        pace_us = min(MOST_PACE_US, (limit.ceiling // limit.tokens) >> PACE_SHIFT)
+        pace_us = min(MOST_PACE_US, (limit.scaled_capacity // limit.tokens) >> PACE_SHIFT)
         if wanted <= target >> 2 or strict_us - bucket.paced_us < pace_us:
             wanted = 0
     is_ending = bucket.granted > 0 and bucket.expires_us - strict_us < GRANT_US // 2

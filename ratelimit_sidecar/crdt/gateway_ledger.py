@@ -43,7 +43,7 @@ class GatewayBucket(GrantedBucket):
 
     def is_idle(self, strict_us: int) -> bool:
         # What a member has paid is kept in mind until it can have refilled all of it.
-        refilled_us = self._limit.ceiling // self._limit.tokens
+        refilled_us = self._limit.scaled_capacity // self._limit.tokens
         return super().is_idle(strict_us) and all(
             strict_us - at_us >= refilled_us for _, at_us in self._lacking.values()
         )

@@ -87,12 +87,12 @@ class TokenBucketLimit:
     capacity: int
     max_debt: int = DEFAULT_MAX_DEBT
 
-    ceiling: int = field(init=False, compare=False)
+    scaled_capacity: int = field(init=False, compare=False)
     """The capacity, scaled: a take is admitted when the deficit after it is at most this."""
     urgent_from: int = field(init=False, compare=False)
     """At this deficit or more the bucket is nearly used up; scaled."""
     step_bits: int = field(init=False, compare=False)
-    """At each further multiple of 2**step_bits, 1/16 to 1/8 of the ceiling, peers are told early of the deficit."""
+    """At each further multiple of 2**step_bits, 1/16 to 1/8 of the capacity, peers are told early of the deficit."""
     debt_ceiling: int = field(init=False, compare=False)
     """The largest deficit that a bucket keeps, scaled."""
     exponent: int = field(init=False, compare=False)
@@ -114,17 +114,17 @@ class TokenBucketLimit:
         set_field = object.__setattr__
         set_field(self, "tokens", self.tokens // divisor)
         set_field(self, "period_us", self.period_us // divisor)
-        set_field(self, "ceiling", self.capacity * self.period_us)
-        set_field(self, "urgent_from", self.ceiling - self.ceiling // URGENT_SHARE)
-        set_field(self, "exponent", _token_bucket_exponent(self.ceiling // self.tokens))
+        set_field(self, "scaled_capacity", self.capacity * self.period_us)
+        set_field(self, "urgent_from", self.scaled_capacity - self.scaled_capacity // URGENT_SHARE)
+        set_field(self, "exponent", _token_bucket_exponent(self.scaled_capacity // self.tokens))
         set_field(self, "slot_refill", self.tokens << self.exponent)
         set_field(self, "horizon_us", max(HORIZON_SLOTS << self.exponent, MIN_HORIZON_US))
         # Debt of up to the horizon's refill is never forgiven: replicas under load may admit so much in a partition
         # that ends within the horizon. One slot's refill is added, because takes are placed at the middle of their
         # slot, so that a bucket without debt can seem to have some.
-        debt_ceiling = max(self.ceiling * self.max_debt, self.horizon_us * self.tokens)
+        debt_ceiling = max(self.scaled_capacity * self.max_debt, self.horizon_us * self.tokens)
         set_field(self, "debt_ceiling", debt_ceiling + self.slot_refill)
-        set_field(self, "step_bits", _step_bits(self.capacity, self.ceiling))
+        set_field(self, "step_bits", _step_bits(self.capacity, self.scaled_capacity))
 
     def boundary_us(self, now_us: int, shift: int = 0) -> int:
         """The seal boundary at `now_us`: everything placed before it belongs to the base, on every replica alike.
@@ -186,8 +186,8 @@ class WindowLimit:
         return self.requests
 
     @property
-    def ceiling(self) -> int:
-        """As `TokenBucketLimit.ceiling`, of the count."""
+    def scaled_capacity(self) -> int:
+        """As `TokenBucketLimit.scaled_capacity`, of the count."""
         return self.requests
 
 
@@ -201,10 +201,12 @@ def _token_bucket_exponent(refill_us: int) -> int:
     return min(max(for_precision, for_size, MIN_EXPONENT), MAX_EXPONENT)
 
 
-def _step_bits(capacity: int, ceiling: int) -> int:
-    """See `TokenBucketLimit.step_bits`: the largest power of 2 in 1/8 of the ceiling. For a small capacity, one that no
-    bucket reaches."""
-    return _floor_log2(ceiling // URGENT_SHARE) if capacity >= MIN_STEPS_CAPACITY else ceiling.bit_length()
+def _step_bits(capacity: int, scaled_capacity: int) -> int:
+    """See `TokenBucketLimit.step_bits`: the largest power of 2 in 1/8 of the capacity. For a small capacity, one that
+    no bucket reaches."""
+    if capacity < MIN_STEPS_CAPACITY:
+        return scaled_capacity.bit_length()
+    return _floor_log2(scaled_capacity // URGENT_SHARE)
 
 
 def _floor_log2(number: int) -> int:

@@ -16,7 +16,7 @@ from typing import Final, NamedTuple
 from ratelimit_sidecar.crdt.shares import TOKEN, rank
 from ratelimit_sidecar.crdt.strict import NEVER_US, StrictBucket, scaled_home
 
-LEAST_PACE_US: Final = 20_000
+LEAST_ASK_EVERY_US: Final = 20_000
 """A peer is asked again after this time at the earliest."""
 
 PACE_SHIFT: Final = 6
@@ -125,15 +125,15 @@ class PaymentPolicy:
             return {}
         limit, home, free_room = bucket.limit, bucket.home, bucket.free_room
         free_room -= min(free_room // 4, bucket.refill * PAY_AHEAD_US)
-        pace_us = max(LEAST_PACE_US, (limit.ceiling // limit.tokens) >> PACE_SHIFT)
-        slow_pace_us = max(pace_us, PAY_AHEAD_US) if home < 8 * TOKEN else pace_us
+        ask_every_us = max(LEAST_ASK_EVERY_US, (limit.scaled_capacity // limit.tokens) >> PACE_SHIFT)
+        ask_slowly_every_us = max(ask_every_us, PAY_AHEAD_US) if home < 8 * TOKEN else ask_every_us
         # What each is likely to have left: at most as much as this replica's home.
         likely: dict[str, int] = {}
         for peer, stream in streams.items():
             payer = self._peers[peer]
             had_nothing = payer.answered_us != NEVER_US and not payer.left
-            peer_pace_us = slow_pace_us if had_nothing else pace_us
-            if stream not in bucket.reserved and strict_us - payer.asked_us >= peer_pace_us:
+            ask_peer_every_us = ask_slowly_every_us if had_nothing else ask_every_us
+            if stream not in bucket.reserved and strict_us - payer.asked_us >= ask_peer_every_us:
                 is_known = strict_us - payer.answered_us < REPORT_US
                 likely[peer] = min(home, max(payer.left, home >> 5)) if is_known else home
         total, level, demand = sum(likely.values()), max(0, bucket.level) // limit.period_us, bucket.demand()

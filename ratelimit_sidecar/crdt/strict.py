@@ -218,7 +218,7 @@ class StrictBucket(Bucket):
         bucket that is not strict.
         """
         limit = self._limit
-        return -self._repaid_per_us * ((limit.debt_ceiling - limit.ceiling) // limit.tokens)
+        return -self._repaid_per_us * ((limit.debt_ceiling - limit.scaled_capacity) // limit.tokens)
 
     @property
     def _repaid_per_us(self) -> int:

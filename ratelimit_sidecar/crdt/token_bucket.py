@@ -61,7 +61,7 @@ class TokenBucket(Bucket):
         self._base_us = limit.boundary_us(now_us)
         self._base_deficit = 0
         self.deficit = 0
-        """The live scaled deficit as of `at_us`; above the limit's ceiling it is debt."""
+        """The live scaled deficit as of `at_us`; above the capacity it is debt."""
         self.full_at_us = now_us
         """The last time at which the deficit was 0. No refill was spilled since, so tokens taken later simply add to
         the deficit, however late they are reported.
@@ -92,7 +92,7 @@ class TokenBucket(Bucket):
         self.advance(now_us)
         limit = self._limit
         charge = hits * limit.period_us
-        admitted = self.deficit + charge <= limit.ceiling
+        admitted = self.deficit + charge <= limit.scaled_capacity
         if hits and (admitted or always):
             if self._is_own_slot_over():
                 self._open_slot_of_now()
@@ -107,7 +107,7 @@ class TokenBucket(Bucket):
 
     def would_admit(self, hits: int, now_us: int) -> bool:
         self.advance(now_us)
-        return self.deficit + hits * self._limit.period_us <= self._limit.ceiling
+        return self.deficit + hits * self._limit.period_us <= self._limit.scaled_capacity
 
     def refund(self, tokens: int | None, now_us: int) -> int:
         """See `Bucket.refund`. It covers the fold's deficit, so that every replica reaches the same level."""
@@ -145,11 +145,11 @@ class TokenBucket(Bucket):
     @property
     def remaining(self) -> int:
         """Whole tokens left at `at_us`; 0 when in debt."""
-        return max(0, (self._limit.ceiling - self.deficit) // self._limit.period_us)
+        return max(0, (self._limit.scaled_capacity - self.deficit) // self._limit.period_us)
 
     @property
     def debt(self) -> int:
-        return max(0, -((self._limit.ceiling - self.deficit) // self._limit.period_us))
+        return max(0, -((self._limit.scaled_capacity - self.deficit) // self._limit.period_us))
 
     @property
     def full_in_us(self) -> int:
@@ -159,7 +159,7 @@ class TokenBucket(Bucket):
     def retry_after_us(self, hits: int) -> int:
         if hits > self._limit.capacity:
             return self.full_in_us
-        missing = self.deficit + hits * self._limit.period_us - self._limit.ceiling
+        missing = self.deficit + hits * self._limit.period_us - self._limit.scaled_capacity
         return max(0, -(-missing // self._limit.tokens))
 
     def advance(self, now_us: int) -> None:

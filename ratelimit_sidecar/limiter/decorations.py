@@ -236,7 +236,7 @@ def _seconds(duration_us: int) -> int:
 def _window_seconds(limit: AnyLimit) -> int:
     """A window's length, or the time in which an empty bucket refills."""
     if isinstance(limit, TokenBucketLimit):
-        return max(1, _seconds(limit.ceiling // limit.tokens))
+        return max(1, _seconds(limit.scaled_capacity // limit.tokens))
     return _seconds(limit.period_us)
 
 

@@ -230,7 +230,7 @@ class BadRecord(Exception):
 def is_worth_keeping(limit: AnyLimit, every_us: int) -> bool:
     """Whether a limit is worth writing: False when all of it refills before the next write."""
     if isinstance(limit, TokenBucketLimit):
-        return limit.ceiling // limit.tokens > every_us
+        return limit.scaled_capacity // limit.tokens > every_us
     return limit.period_us > every_us
 
 

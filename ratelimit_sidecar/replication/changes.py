@@ -81,7 +81,7 @@ class Segment:
         """The number of the flush that its changes are of."""
         self.changes_before = changes_before
         self.created_us = created_us
-        self.sealed_us = 0
+        self.closed_at_us = 0
         self.keys: list[bytes] = []
         self.entries = 0
         """Slot entries in it."""
@@ -183,7 +183,7 @@ class ChangeLog:
                 reader(changes)
             if self._unflushed:
                 yield
-        self._seal(now_us)
+        self._close(now_us)
         self._forget(now_us)
 
     def keys(self, first: int, end: int) -> Iterator[bytes | None]:
@@ -220,7 +220,7 @@ class ChangeLog:
         """The first segment with changes of the last RECENT_CHANGES_US."""
         first = self._open.number
         for segment in reversed(self._segments):
-            if segment.sealed_us < now_us - RECENT_CHANGES_US:
+            if segment.closed_at_us < now_us - RECENT_CHANGES_US:
                 break
             first = segment.number
         return first
@@ -256,9 +256,9 @@ class ChangeLog:
         segment.flush = self._last_flush = self._flush
         is_full = len(segment.keys) >= MAX_BATCH_BUCKETS or segment.entries >= MAX_BATCH_ENTRIES
         if is_full or (writer is not None and writer.rough_bytes >= MAX_BATCH_BYTES):
-            self._seal(now_us)
+            self._close(now_us)
 
-    def _seal(self, now_us: int) -> None:
+    def _close(self, now_us: int) -> None:
         segment, writer = self._open, self._writer
         if not segment.keys:
             return
@@ -267,7 +267,7 @@ class ChangeLog:
             segment.payload = writer.payload()
             segment.key_use = writer.key_use()
             self._encoded_bytes += len(segment.payload)
-        segment.sealed_us = now_us
+        segment.closed_at_us = now_us
         self._segments.append(segment)
         changes = segment.changes_before + len(segment.keys)
         self._open = Segment(segment.number + 1, changes, self._created_us)
@@ -286,7 +286,7 @@ class ChangeLog:
             oldest = self._segments[0] if self._segments else None
             # A segment from the future is forgotten, too: the clock was set back.
             if oldest is None or (
-                abs(now_us - oldest.sealed_us) <= RETENTION_US
+                abs(now_us - oldest.closed_at_us) <= RETENTION_US
                 and self._open.changes_before - oldest.changes_before <= self._max_changes
             ):
                 return

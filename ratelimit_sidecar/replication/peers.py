@@ -33,7 +33,7 @@ PEER_FORGOTTEN_US: Final = 600_000_000
 """A peer that only dials in, and has not for so long, is not coming back: it was replaced under another name."""
 
 
-class Peers:
+class PeerRegistry:
     """All peers of a node, and the streams to each. Call `find` and then `join` for a stream, and `leave` at its end.
 
     Args:

@@ -23,7 +23,7 @@ from ratelimit_sidecar.replication.key_ids import KeyMemory
 from ratelimit_sidecar.replication.pace import Steps
 from ratelimit_sidecar.replication.payments import PaymentExchange
 from ratelimit_sidecar.replication.peer import BatchTracer, Peer, PeerStream
-from ratelimit_sidecar.replication.peers import PEER_FORGOTTEN_US, Peers
+from ratelimit_sidecar.replication.peers import PEER_FORGOTTEN_US, PeerRegistry
 from ratelimit_sidecar.replication.relay import TOPOLOGY_CHECK_US, WALK_BACK_US, Relay
 from ratelimit_sidecar.replication.rounds import Summing
 from ratelimit_sidecar.replication.session import LocalNode
@@ -66,7 +66,7 @@ class Replicator:
         self.changes = ChangeLog(store, now_us)
         self.tracer = tracer
         self.payments = payments
-        self.peer_registry = Peers(store, self.changes, payments, self._note_connected)
+        self.peer_registry = PeerRegistry(store, self.changes, payments, self._note_connected)
         self.peers = self.peer_registry.by_node
         """All of them, by node id."""
         self.sync = SyncRequests(self.peers, self.announce)

@@ -15,9 +15,10 @@ from typing import Final
 
 from ratelimit_sidecar.server.turns import StepQueue
 
-CONNECTION_PART: Final = 8
-ADDRESS_PART: Final = 2
-"""The connections of one address may hold half of the free memory, and one connection an eighth (`CONNECTION_PART`)."""
+CONNECTION_DIVISOR: Final = 8
+ADDRESS_DIVISOR: Final = 2
+"""The connections of one address may hold half of the free memory, and one connection an eighth
+(`CONNECTION_DIVISOR`)."""
 
 
 class Budget:
@@ -33,7 +34,7 @@ class Budget:
 
     def allows(self, connection_bytes: int, more: int) -> bool:
         """Whether a connection may hold `connection_bytes` in all, of which `more` are not counted yet."""
-        return connection_bytes <= (self.size - self.held) // CONNECTION_PART
+        return connection_bytes <= (self.size - self.held) // CONNECTION_DIVISOR
 
     def count(self, more: int) -> None:
         """Add `more` bytes to the count, or subtract if it is negative."""
@@ -64,7 +65,7 @@ class AddressBudget(Budget):
         whole = self.whole
         if not whole.allows(connection_bytes, more):
             return False
-        return self.held + more <= (whole.size - whole.held) // ADDRESS_PART
+        return self.held + more <= (whole.size - whole.held) // ADDRESS_DIVISOR
 
     def count(self, more: int) -> None:
         self.held += more
@@ -135,7 +136,7 @@ class Places:
         """
         free, held = self.free, self._held
         # A client without a place may get the last one.
-        if free <= 0 or held[connection] * CONNECTION_PART > free or held[address] * ADDRESS_PART > free:
+        if free <= 0 or held[connection] * CONNECTION_DIVISOR > free or held[address] * ADDRESS_DIVISOR > free:
             self.refused += 1
             return False
         self.free -= 1

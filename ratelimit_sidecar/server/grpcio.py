@@ -376,7 +376,7 @@ def _check_client(context: grpc.aio.ServicerContext[bytes, bytes], certificate: 
     if shown.get("transport_security_type") != [b"ssl"]:
         return
     names = (name.decode("utf-8", "replace") for kind in _NAMES for name in shown.get(kind, ()))
-    if not certificate.is_for_client(names):
+    if not certificate.may_call(names):
         raise RpcError(Code.PERMISSION_DENIED, "the client's certificate is not for the name in listen.tls.client_name")
 
 

@@ -26,14 +26,14 @@ class ServerCertificate(CertificateInForce):
 
     def new_session(self) -> TlsSession:
         """The TLS of a new connection."""
-        return TlsSession(self.in_force.context, self.is_for_client)
+        return TlsSession(self.in_force.context, self.may_call)
 
     @property
     def wants_name(self) -> bool:
         """True if clients of the authority need a certain name."""
         return self._client_name is not None
 
-    def is_for_client(self, names: Iterable[str]) -> bool:
+    def may_call(self, names: Iterable[str]) -> bool:
         """True if a client whose certificate has these subject alternative names may call."""
         if self._client_name is None or self._accepts is None:
             return True

@@ -22,12 +22,12 @@ ClientHello up to 171 KiB. An established connection needs a few KiB.
 RECORD_BYTES: Final = 16_384
 """The largest record (RFC 8446, section 5.1)."""
 
-MAX_IDLE_BYTES: Final = 32_768
+MAX_OVERHEAD_BYTES: Final = 32_768
 """The most bytes received that carry nothing, as KeyUpdates do. (Go's crypto/tls takes 16 records in a row.) It is more
 than the longest record, which carries nothing until it is complete.
 """
 
-IDLE_BYTES_A_BYTE: Final = 64
+OVERHEAD_BYTES_A_BYTE: Final = 64
 """So many bytes received are forgotten for each that is read. The shortest record with a byte has 23."""
 
 _NAMES: Final = ("DNS", "URI", "IP Address")
@@ -41,17 +41,17 @@ class TlsSession:
     """The server's side of one connection.
 
     Args:
-        is_for_client: whether a client whose certificate has these subject alternative names may call.
+        may_call: whether a client whose certificate has these subject alternative names may call.
     """
 
-    def __init__(self, context: ssl.SSLContext, is_for_client: Callable[[Iterable[str]], bool]) -> None:
-        self._is_for_client = is_for_client
+    def __init__(self, context: ssl.SSLContext, may_call: Callable[[Iterable[str]], bool]) -> None:
+        self._may_call = may_call
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
         self._object = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
         self._early = b""
         """What is to be sent when the handshake is over."""
-        self._idle_bytes = 0
+        self._overhead_bytes = 0
         """The bytes received of an established connection, less what those that were read account for."""
         self.is_established = False
         """True when the handshake is over and the client is accepted."""
@@ -67,7 +67,7 @@ class TlsSession:
         self._incoming.write(data)
         self.has_more = True
         if self.is_established:
-            self._idle_bytes += len(data)
+            self._overhead_bytes += len(data)
 
     def read(self, size: int) -> bytes:
         """Decrypt at most so many bytes, or go on with the handshake. Look at `is_over` afterwards.
@@ -82,14 +82,14 @@ class TlsSession:
             data = self._object.read(size)
         except ssl.SSLWantReadError:
             self.has_more = False
-            if self._idle_bytes > MAX_IDLE_BYTES:
+            if self._overhead_bytes > MAX_OVERHEAD_BYTES:
                 self._end("tls")
             return b""
         except ssl.SSLError:
             self._end("tls")
             return b""
-        self._idle_bytes = max(0, self._idle_bytes - IDLE_BYTES_A_BYTE * len(data))
-        if self._idle_bytes > MAX_IDLE_BYTES:
+        self._overhead_bytes = max(0, self._overhead_bytes - OVERHEAD_BYTES_A_BYTE * len(data))
+        if self._overhead_bytes > MAX_OVERHEAD_BYTES:
             self._end("tls")
             return b""
         if data:
@@ -137,7 +137,7 @@ class TlsSession:
         # RFC 9113, section 3.3: HTTP/2 over TLS is agreed on by ALPN.
         if connection.selected_alpn_protocol() != "h2":
             self._end("tls")
-        elif not self._is_for_client(_names_of(connection.getpeercert() or {})):
+        elif not self._may_call(_names_of(connection.getpeercert() or {})):
             self._end("certificate")
         else:
             self.is_established = True

@@ -24,10 +24,12 @@ SERVICE_NAME = "envoy.service.ratelimit.v3.RateLimitService"
 
 _PATH: Final = f"/{SERVICE_NAME}/ShouldRateLimit"
 
-PATIENCE: Final = 0.75
+MAX_TIMEOUT_PART: Final = 0.75
+"""The most of its timeout that a request waits for tokens."""
+
 LEAST_LEFT_SECONDS: Final = 0.02
-"""A request waits for at most `PATIENCE` of its timeout, and at least `LEAST_LEFT_SECONDS` of it are left: hundreds may
-be answered at once, and Envoy lets requests pass whose answer is late."""
+"""What is left of its timeout at least: hundreds may be answered at once, and Envoy lets requests pass whose answer is
+late."""
 
 _SECONDS: Final = {b"H": 3_600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
 """Units of a `grpc-timeout` (PROTOCOL-HTTP2.md)."""
@@ -144,7 +146,7 @@ class RateLimitService:
         assert self._waits is not None
         most_s = inf
         try:
-            most_s = patience_s(metadata)
+            most_s = max_wait_s(metadata)
         finally:
             # The request waits already, so its wait must end whatever happens.
             self._waits.hold(waiting, most_s)
@@ -164,12 +166,12 @@ class RateLimitService:
         return response
 
 
-def patience_s(metadata: Metadata) -> float:
+def max_wait_s(metadata: Metadata) -> float:
     """The seconds that a request with these headers may wait, so that its answer is in time; infinite without a
     timeout.
     """
     for name, value in metadata:
         if name == b"grpc-timeout" and len(value) <= 9 and value[:-1].isdigit() and value[-1:] in _SECONDS:
             timeout_s = int(value[:-1]) * _SECONDS[value[-1:]]
-            return max(0.0, min(timeout_s * PATIENCE, timeout_s - LEAST_LEFT_SECONDS))
+            return max(0.0, min(timeout_s * MAX_TIMEOUT_PART, timeout_s - LEAST_LEFT_SECONDS))
     return inf

@@ -36,7 +36,9 @@ def test_the_worst_burst_is_the_largest_excess_over_all_intervals() -> None:
     for _ in range(50):
         times_us = sorted(random.randrange(3_000) for _ in range(20))
         excess = max(
-            (last - first + 1) * limit.period_us - limit.ceiling - limit.tokens * (times_us[last] - times_us[first])
+            (last - first + 1) * limit.period_us
+            - limit.scaled_capacity
+            - limit.tokens * (times_us[last] - times_us[first])
             for first, last in [*combinations(range(20), 2), *zip(range(20), range(20), strict=True)]
         )
         assert worst_burst(limit, times_us) == max(0, -(-excess // limit.period_us))

@@ -26,10 +26,10 @@ def deficit_by_formula(events: Iterable[tuple[int, int]], limit: TokenBucketLimi
 
 def most_over_limit(admitted: list[tuple[int, int]], limit: TokenBucketLimit) -> int:
     """The largest excess, scaled, of admitted over capacity + rate * T in any interval; at most 0 keeps the promise."""
-    worst = -limit.ceiling
+    worst = -limit.scaled_capacity
     for first, (start_us, _) in enumerate(admitted):
         total = 0
         for at_us, tokens in admitted[first:]:
             total += tokens
-            worst = max(worst, total * limit.period_us - limit.ceiling - limit.tokens * (at_us - start_us))
+            worst = max(worst, total * limit.period_us - limit.scaled_capacity - limit.tokens * (at_us - start_us))
     return worst

@@ -338,7 +338,7 @@ def test_what_is_withheld_held_and_paid_is_never_more_than_the_limit(seed: int, 
     ends, withheld, held = {"a": 1, "b": 2}, dict.fromkeys("ab", 0), dict.fromkeys("ab", 0)
     on_the_way: list[tuple[str, str, Ask | Payment]] = []
     now_us, paid = NOW_US, 0
-    before = limit.ceiling << 32
+    before = limit.scaled_capacity << 32
     for _ in range(400):
         passed_us = chance.choice([0, 1_000, 30_000, 300_000])
         now_us += passed_us
@@ -372,7 +372,7 @@ def test_what_is_withheld_held_and_paid_is_never_more_than_the_limit(seed: int, 
         buckets = [each.bucket(b"k", limit, now_us) for each in ledgers.values()]
         alive = sum(sent.amount * limit.period_us for _, _, sent in on_the_way if isinstance(sent, Payment))
         now = sum(max(0, each.level) for each in buckets) + sum(held.values()) + alive
-        assert now <= min(limit.ceiling << 32, before + (passed_us * limit.tokens << 32))
+        assert now <= min(limit.scaled_capacity << 32, before + (passed_us * limit.tokens << 32))
         before = now
         assert all(max(0, each.level) + each.room_reserved <= each.max_level for each in buckets)
     assert paid

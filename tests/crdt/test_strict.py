@@ -459,7 +459,7 @@ def test_what_is_charged_beyond_the_debt_ceiling_is_forgiven() -> None:
     bucket = half()
     bucket.take(2**48, NOW_US, always=True)
     limit = PER_SECOND_100
-    longest_us = (limit.debt_ceiling - limit.ceiling) // limit.tokens
+    longest_us = (limit.debt_ceiling - limit.scaled_capacity) // limit.tokens
     assert bucket.retry_after_us(0) == longest_us
     bucket.advance(NOW_US + longest_us - 1)
     assert not bucket.has(0)

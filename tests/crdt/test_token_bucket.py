@@ -52,18 +52,18 @@ def slot_refill(limit: TokenBucketLimit) -> int:
 def test_a_lone_bucket_admits_exactly_what_a_textbook_bucket_admits(limit: TokenBucketLimit, history, seals) -> None:
     """P2, with sealing at any moment and a pause past the horizon in between."""
     bucket = TokenBucket(b"k", limit, HERE, NOW_US)
-    now_us, level, admitted = NOW_US, limit.ceiling, []
+    now_us, level, admitted = NOW_US, limit.scaled_capacity, []
     for (gap_us, hits), seal in zip_longest(history, seals[: len(history)], fillvalue=False):
         now_us += gap_us
         if seal:
             bucket.seal(now_us)
-        level = min(limit.ceiling, level + gap_us * limit.tokens)
+        level = min(limit.scaled_capacity, level + gap_us * limit.tokens)
         fits = hits * limit.period_us <= level
         assert bucket.take(hits, now_us) is fits
         if fits:
             level -= hits * limit.period_us
             admitted.append((now_us, hits))
-        assert bucket.deficit == limit.ceiling - level
+        assert bucket.deficit == limit.scaled_capacity - level
     assert most_over_limit(admitted, limit) <= 0
 
 
@@ -466,13 +466,13 @@ def test_a_lone_bucket_with_more_refill_in_a_slot_than_capacity_is_never_forgive
     limit = TokenBucketLimit(5_000, 1_000_000, 5, max_debt=1)
     bucket = TokenBucket(b"k", limit, HERE, NOW_US)
     for burst_at_us in (NOW_US, NOW_US + limit.horizon_us):
-        level = limit.ceiling
+        level = limit.scaled_capacity
         for now_us in range(burst_at_us, burst_at_us + 60_000, 1_000):
             bucket.seal(now_us)
-            level = min(limit.ceiling, level + 1_000 * limit.tokens)
+            level = min(limit.scaled_capacity, level + 1_000 * limit.tokens)
             assert bucket.take(5, now_us)
             level -= 5 * limit.period_us
-            assert bucket.deficit == limit.ceiling - level
+            assert bucket.deficit == limit.scaled_capacity - level
 
 
 def test_a_busy_bucket_holds_no_more_slots_than_its_horizon_and_one_batch() -> None:

@@ -279,7 +279,7 @@ def test_a_tick_serves_a_bounded_number_whatever_they_wait_for() -> None:
     ledger.queues.tick(["b"], NOW_US, 10, 100)
     for key in (b"one", b"other"):
         assert all(join(ledger, key, limit) for _ in range(SERVED_AT_ONCE // 2 + 1))
-        ledger.bucket(key, limit, NOW_US).level += limit.ceiling << 32
+        ledger.bucket(key, limit, NOW_US).level += limit.scaled_capacity << 32
     ledger.queues.tick(["b"], NOW_US, 10, 100)
     assert ledger.queues.counts[Outcome.SERVED] == SERVED_AT_ONCE
 

@@ -15,7 +15,7 @@ from services.waiting_service import PATH, REQUEST, WaitingService, until
 from ratelimit_sidecar.crdt.waiting import Outcome, PendingDecision
 from ratelimit_sidecar.server.deferred import answer_of
 from ratelimit_sidecar.server.rpc import Headers
-from ratelimit_sidecar.services.ratelimit import LEAST_LEFT_SECONDS, PATIENCE, patience_s
+from ratelimit_sidecar.services.ratelimit import LEAST_LEFT_SECONDS, MAX_TIMEOUT_PART, max_wait_s
 from ratelimit_sidecar.services.waits import STEP
 
 
@@ -63,13 +63,13 @@ async def test_the_timeout_of_a_client_ends_the_wait_before_it_is_over() -> None
 def test_a_request_waits_for_three_quarters_of_its_timeout_or_as_long_as_leaves_time_for_the_answer(
     timeout: bytes, seconds: float
 ) -> None:
-    patience = patience_s(Headers([(b"a", b"b"), (b"grpc-timeout", timeout)]))
-    assert patience == pytest.approx(max(0, min(PATIENCE * seconds, seconds - LEAST_LEFT_SECONDS)))
+    patience = max_wait_s(Headers([(b"a", b"b"), (b"grpc-timeout", timeout)]))
+    assert patience == pytest.approx(max(0, min(MAX_TIMEOUT_PART * seconds, seconds - LEAST_LEFT_SECONDS)))
 
 
 @pytest.mark.parametrize("timeout", [b"", b"m", b"-1S", b"1", b"1x", b"1.5S", b"9" * 5_000 + b"S"])
 def test_a_timeout_that_is_none_bounds_nothing(timeout: bytes) -> None:
-    assert patience_s(Headers([(b"grpc-timeout", timeout)])) == float("inf")
+    assert max_wait_s(Headers([(b"grpc-timeout", timeout)])) == float("inf")
 
 
 async def test_a_cancelled_wait_is_over_and_nobody_is_answered() -> None:

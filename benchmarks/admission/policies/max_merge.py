@@ -30,14 +30,14 @@ class MaxMerge(LocalPolicy):
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         now_us = setup.loop.now_us
-        self._replicas = [_Replica(setup.limit.ceiling, 0, now_us) for _ in setup.regions]
+        self._replicas = [_Replica(setup.limit.scaled_capacity, 0, now_us) for _ in setup.regions]
         for region in setup.regions:
             setup.loop.every(FLUSH_US, partial(self._flush, region), setup.random.randrange(FLUSH_US))
 
     def take(self, region: int, now_us: int) -> bool:
         limit, replica = self.setup.limit, self._replicas[region]
         added = replica.adds + (now_us - replica.refilled_us) * limit.tokens
-        replica.adds = max(replica.adds, min(added, replica.consumes + limit.ceiling))
+        replica.adds = max(replica.adds, min(added, replica.consumes + limit.scaled_capacity))
         replica.refilled_us = now_us
         if replica.adds - replica.consumes < limit.period_us:
             return False
