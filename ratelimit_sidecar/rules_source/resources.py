@@ -83,14 +83,14 @@ def data_of(resources: Mapping[str, RateLimitConfig]) -> dict[str, Data]:
 
 
 def _descriptors(descriptors: Sequence[RateLimitDescriptor]) -> list[Data]:
-    """Those of one level. Where one has the limit of a key and value, and the next what is below, they are one:
+    """Those of one level. Where one has the limit of a key and value, and another what is below, they are one:
     Envoy Gateway says so of a network with a limit for all of its addresses and another for each.
     """
     found: list[Data] = []
-    last: dict[tuple[str, str], Data] = {}
+    first: dict[tuple[str, str], Data] = {}
     for descriptor in descriptors:
         data = _descriptor(descriptor)
-        same = last.setdefault((descriptor.key, descriptor.value), data)
+        same = first.setdefault((descriptor.key, descriptor.value), data)
         if same is data or same.keys() & data.keys() - {"key", "value"}:
             found.append(data)
         else:

@@ -20,6 +20,7 @@ from ratelimit_sidecar.config.sidecar_schema import XdsConfig, XdsTlsConfig
 from ratelimit_sidecar.demo.ports import free_ports
 from ratelimit_sidecar.rules_source import xds as module
 from ratelimit_sidecar.rules_source.resources import TYPE_URL
+from ratelimit_sidecar.rules_source.v3.rls_conf_pb2 import RateLimitConfig
 from ratelimit_sidecar.rules_source.xds import XdsClient
 
 RETRY_SECONDS = 0.2
@@ -46,6 +47,18 @@ async def following(
         running.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await running
+
+
+@contextlib.asynccontextmanager
+async def left_by_its_server(*configs: RateLimitConfig) -> AsyncIterator[tuple[Recorder, str]]:
+    """A client whose server has sent these and is gone, and the address at which another one is looked for."""
+    server = XdsServer()
+    server.publish("1", *configs)
+    async with contextlib.AsyncExitStack() as stack:
+        async with serving(server):
+            recorder = await stack.enter_async_context(following(server.address))
+            assert await recorder.next_load() == sorted(each.domain for each in configs)
+        yield recorder, server.address
 
 
 async def until_trouble(recorder: Recorder, text: str) -> None:
@@ -144,17 +157,15 @@ async def test_a_server_that_begins_anew_and_says_what_it_has_piece_by_piece_tak
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As Envoy Gateway does, Gateway by Gateway. What it has said nothing of goes once it is silent."""
-    monkeypatch.setattr(module, "SETTLED_SECONDS", 0.3)
-    server = XdsServer()
-    server.publish("1", config("shop", "user"), config("bank", "user"), config("mint", "user"))
-    async with contextlib.AsyncExitStack() as stack:
-        async with serving(server):
-            recorder = await stack.enter_async_context(following(server.address))
-            assert await recorder.next_load() == ["bank", "mint", "shop"]
+    monkeypatch.setattr(module, "SETTLED_SECONDS", 3_600)
+    before = config("shop", "user"), config("bank", "user"), config("mint", "user")
+    async with left_by_its_server(*before) as (recorder, address):
         restarted = XdsServer()
         restarted.publish("1", config("shop", "user"))
-        async with serving(restarted, server.address):
+        async with serving(restarted, address):
             assert await recorder.next_load() == ["bank", "mint", "shop"]
+            # It waits for so long from the next response on.
+            monkeypatch.setattr(module, "SETTLED_SECONDS", 0.1)
             restarted.publish("2", config("shop", "user"), config("bank", "user"))
             assert await recorder.next_load() == ["bank", "mint", "shop"]
             assert await recorder.next_load() == ["bank", "shop"]
@@ -165,17 +176,12 @@ async def test_a_server_that_begins_anew_and_says_what_it_has_piece_by_piece_tak
 
 
 async def test_of_a_resource_with_another_name_after_a_restart_the_former_one_goes_at_once() -> None:
-    server = XdsServer()
-    server.publish("1", config("shop", "user"))
-    async with contextlib.AsyncExitStack() as stack:
-        async with serving(server):
-            recorder = await stack.enter_async_context(following(server.address))
-            assert await recorder.next_load() == ["shop"]
+    async with left_by_its_server(config("shop", "user")) as (recorder, address):
         renamed = config("shop", "user", "path")
         renamed.name = "another"
         restarted = XdsServer()
         restarted.publish("1", renamed)
-        async with serving(restarted, server.address):
+        async with serving(restarted, address):
             assert await recorder.next_load() == ["shop"]
             assert recorder.reloader.loaded is not None
             assert recorder.reloader.loaded.rules == 2
@@ -219,18 +225,13 @@ async def test_resources_of_another_type_are_refused_and_change_nothing() -> Non
 
 
 async def test_after_a_restart_the_server_is_asked_again_and_the_rules_stay_meanwhile() -> None:
-    server = XdsServer()
-    server.publish("1", config("shop", "user"))
-    async with contextlib.AsyncExitStack() as stack:
-        async with serving(server):
-            recorder = await stack.enter_async_context(following(server.address))
-            assert await recorder.next_load() == ["shop"]
+    async with left_by_its_server(config("shop", "user")) as (recorder, address):
         await until_trouble(recorder, "UNAVAILABLE")
         assert recorder.in_force == ["shop"]
         # It counts its versions from its start, so this is another 1.
         restarted = XdsServer()
         restarted.publish("1", config("bank", "user"))
-        async with serving(restarted, server.address):
+        async with serving(restarted, address):
             assert await recorder.next_load() == ["bank", "shop"]
             first, ack = await restarted.heard(), await restarted.heard()
             assert (first.node.id, first.version_info, first.response_nonce) == ("sidecar-1", "", "")
