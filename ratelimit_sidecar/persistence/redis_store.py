@@ -493,7 +493,9 @@ class RedisState:
         if name is None:
             self._reading = None
             self._is_loaded = True
-            _log.info("restored", buckets=self.status.restored, unreadable=self._unreadable)
+            _log.info("restored", buckets=self.status.restored)
+            if self._unreadable:
+                _log.warning("buckets_unreadable", buckets=self._unreadable)
             if self._ahead.buckets:
                 _log.warning("buckets_put_off", ahead_of_clock=self._ahead.buckets)
 

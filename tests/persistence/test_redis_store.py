@@ -235,6 +235,26 @@ async def test_what_had_no_rule_at_the_start_is_read_when_its_rule_has_come(serv
         await until(lambda: [bucket.remaining for bucket in late] == [97])
 
 
+async def test_records_that_are_none_are_told_of_and_hold_up_no_other(server: RedisServer) -> None:
+    await write_a_hit(server)
+    store = make_store(BEFORE)
+    state = state_in(server, store)
+    async with kept(state):
+        take(store, "fixed", "odd", 1, NOW_US)
+        state.note(store.drain_changes())
+        await until(lambda: state.status.written == 1)
+    client = server.client()
+    (odd,) = [name async for name in client.scan_iter() if b"odd" in name]
+    await client.hset(odd, "1 node", "nonsense")
+    await client.aclose()
+    late = make_store(AFTER)
+    with capture_logs() as logs:
+        await state_in(server, late).load()
+    told = [log for log in logs if log["event"] == "buckets_unreadable"]
+    assert [(log["buckets"], log["log_level"]) for log in told] == [(1, "warning")]
+    assert [bucket.remaining for bucket in late] == [97]
+
+
 async def another_round(state: RedisState) -> None:
     """Wait until it has written, and read what it had to read."""
     for _ in range(2):
