@@ -15,18 +15,18 @@ AT_ONCE = 4
 """A dozen sidecars: more would make two processors the bottleneck."""
 
 
-@pytest_asyncio.fixture(scope="session", loop_scope="session")
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def scenarios(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[ScenarioTasks]:
-    """The scenarios of all tests that were selected, begun."""
+    """The scenarios of a file's tests that were selected, begun. Those of others may run in another process."""
     why = why_impossible()
     if why is not None:
         pytest.skip(why)
     quiet, turns = asyncio.Lock(), asyncio.Semaphore(AT_ONCE)
     tasks: ScenarioTasks = {}
     for item in request.session.items:
-        scenario = scenario_of(item)
+        scenario = scenario_of(item) if item.path == request.path else None
         if scenario is not None:
             lab = Lab(tmp_path_factory.mktemp(item.name, numbered=True), quiet)
             tasks[scenario] = asyncio.create_task(_run(scenario, lab, turns))

@@ -15,7 +15,7 @@ _TESTED = "scenario"
 
 
 def scenario(function: Scenario) -> Callable[[ScenarioTasks], Awaitable[None]]:
-    """A test that awaits the scenario. All those selected begin, a few at a time, with the first test that awaits."""
+    """A test that awaits the scenario. All of a file begin, a few at a time, with its first test."""
 
     async def test(scenarios: ScenarioTasks) -> None:
         await scenarios[function]
