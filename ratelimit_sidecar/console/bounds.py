@@ -14,7 +14,7 @@ class HttpBounds:
         connections: of the console, at once. (Those of proxies are in `console.proxies`.)
         new: a connection that waits for its client counts as new for so long, and is closed after slow ones. A probe
             that has just connected must have time to send its request.
-        request: from a new connection, or from a request's first byte, to the request's last byte.
+        request: from a new connection (not of a proxy), or from a request's first byte, to the request's last byte.
         answer: from an answer's first byte until the kernel has all of it: some MB over a slow line.
         idle: a connection without requests is closed after this time; by default longer than Prometheus' usual interval
             (60 s), so that it keeps its connection.

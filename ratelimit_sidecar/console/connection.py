@@ -154,9 +154,13 @@ class BoundedConnection(H11Protocol):
             self._deadline.cancel()
             self._deadline = None
         if wait is _Wait.SEND_REQUEST:
-            self._deadline = self.loop.call_later(self._bounds.request, self.abort)
+            self._deadline = self.loop.call_later(self._bounds.request, self._end_slow_request)
         elif wait is _Wait.TAKE_ANSWER:
             self._deadline = self.loop.call_later(self._bounds.answer, self.abort)
+
+    def _end_slow_request(self) -> None:
+        """The time for a request is over, and not all of it was read."""
+        self.abort()
 
     def _waits_for(self) -> _Wait | None:
         if self.flow.write_paused:

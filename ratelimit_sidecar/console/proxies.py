@@ -3,7 +3,8 @@
 A proxy has one connection for each request under way, and denies the request when it is closed. So, unlike the
 console's, one is closed for another only while it is idle. An address may have as many as are free
 (`ConnectionLimiter`); beyond that its own longest idle one is closed, or else the new one. An address without any may
-take the place of the longest idle one of others.
+take the place of the longest idle one of others. A new connection is idle, too: an Envoy whose client has gone keeps
+the one that it opened for it, and sends the next request on it whenever that comes.
 
 Thousands of them may be read at the same moment. As in the gRPC front end, an address that sends more than is handled
 at once waits for its turns (`server.turns`), and so does the end of a connection.
@@ -107,6 +108,8 @@ class ProxyConnection(BoundedConnection):
         self._has_left = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        # uvicorn's timer of idle connections, which it sets after each answer.
+        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
         super().connection_made(transport)
         self._queue.on_waiting.add(self._stand_in_line)
 
@@ -177,6 +180,13 @@ class ProxyConnection(BoundedConnection):
             self.transport.resume_reading()
             self._turns.charge(LARGE_READ_NS)
         self._watch()
+
+    def _end_slow_request(self) -> None:
+        if self._is_in_line:
+            # What is missing of it may have come.
+            self._deadline = self.loop.call_later(self._bounds.request, self._end_slow_request)
+        else:
+            super()._end_slow_request()
 
     def _watch(self) -> None:
         super()._watch()

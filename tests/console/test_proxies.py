@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from itertools import count
 
 import pytest
@@ -94,6 +95,40 @@ async def test_an_address_without_connections_takes_the_place_of_an_idle_one() -
         await answered(later)
 
 
+async def test_a_connection_that_was_not_used_is_kept_as_an_idle_one_is() -> None:
+    bounds = replace(DEFAULT_BOUNDS, request=0.05)
+    async with running(proxies=ProxyPlaces(2, Turns()), bounds=bounds) as server, connect(server) as client:
+        await until(lambda: len(connections()) == 1)
+        (connection,) = connections()
+        await asyncio.sleep(2 * bounds.request)
+        await answered(client)
+        await asyncio.sleep(2 * bounds.request)
+        await answered(client)
+        assert connections() == [connection]
+
+
+async def test_a_connection_that_was_never_used_is_closed_after_the_time_of_idle_ones() -> None:
+    bounds = replace(DEFAULT_BOUNDS, idle=1)
+    async with running(proxies=ProxyPlaces(2, Turns()), bounds=bounds) as server, connect(server) as client:
+        assert await client.closed() == b""
+
+
+async def test_what_waits_for_a_turn_is_not_late() -> None:
+    turns = slow_turns()
+    bounds = replace(DEFAULT_BOUNDS, request=0.05)
+    async with running(proxies=ProxyPlaces(4, turns), bounds=bounds) as server, connect(server) as client:
+        client.send(GET[:10])
+        await until(lambda: len(connections()) == 1 and not connections()[0].is_idle)
+        is_over = asyncio.Event()
+        hold(turns, connections()[0].budget.call_queue, is_over)
+        client.send(GET[10:])
+        await asyncio.sleep(3 * bounds.request)
+        is_over.set()
+        assert await client.status() == 200
+        client.send(GET[:10])
+        assert await client.closed() == b""
+
+
 async def test_a_place_is_free_again_when_its_connection_is_closed() -> None:
     async with running(proxies=ProxyPlaces(1, Turns())) as server:
         for _ in range(3):
@@ -139,7 +174,8 @@ async def test_a_connection_whose_answer_ends_while_its_address_waits_for_a_turn
         hold(turns, connections()[0].budget.call_queue, is_over)
         app.slow_may_end.set()
         assert [await client.status() for client in at_work] == [200] * 2
-        async with connect(server):
+        async with connect(server) as new:
+            new.send(GET[:10])
             async with connect(server) as one_more:
                 assert await one_more.closed() == b""
             is_over.set()
