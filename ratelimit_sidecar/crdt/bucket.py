@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Final, NamedTuple
 
 from ratelimit_sidecar.crdt.journal import Journal, Refused
-from ratelimit_sidecar.crdt.limit import AnyLimit
+from ratelimit_sidecar.crdt.limit import MAX_EXPONENT, AnyLimit
 from ratelimit_sidecar.crdt.slot import slot_end_us
 from ratelimit_sidecar.crdt.untracked_dict import untrack
 
@@ -524,6 +524,20 @@ class Bucket(ABC):
             self._received_tokens = None
             untrack(self._received)
 
+    @property
+    def _is_restoring(self) -> bool:
+        """Whether what is joined was written down here, and so was checked before."""
+        return self.journal is not None and self.journal.is_restoring
+
+    def _widest(self, own: int, of_peers: int) -> int:
+        """The exponent of the widest slot to accept.
+
+        Args:
+            own: the limit's.
+            of_peers: the widest that is accepted from a peer.
+        """
+        return MAX_EXPONENT if self._is_restoring else max(own, of_peers)
+
     def _receive(self, entry: Entry) -> int:
         """Join one entry whose slot the subclass has checked.
 
@@ -572,7 +586,7 @@ class Bucket(ABC):
             received = self._received = {}
         if tokens <= 0:
             return 0
-        is_crowded = len(received) >= MAX_ORIGINS and not (self.journal is not None and self.journal.is_restoring)
+        is_crowded = len(received) >= MAX_ORIGINS and not self._is_restoring
         if (is_crowded or self._received_entries >= MAX_RECEIVED) and not self._is_peer(origin):
             self._refuse(Refused.ORIGINS)
             return 0

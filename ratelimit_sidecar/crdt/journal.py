@@ -29,7 +29,7 @@ class Refused(StrEnum):
     AHEAD = "ahead"
     """A slot that begins later than MAX_AHEAD_US from now: the peer's clock is wrong, or it lies."""
     WIDE = "wide"
-    """A slot wider than the limit's own, and than those of a limit of a day."""
+    """A slot wider than the limit's own, and than those of a limit of a month (of a day in a sliding window)."""
     ORIGINS = "origins"
     """An origin beyond the `MAX_ORIGINS` of a bucket, or, of one that is no connected peer, an entry beyond its
     `MAX_RECEIVED`."""

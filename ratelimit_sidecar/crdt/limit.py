@@ -49,14 +49,16 @@ MIN_HORIZON_US: Final = 10_000_000
 MAX_AHEAD_US: Final = MIN_HORIZON_US
 """How far a peer's clock may be ahead. Later slots are refused, because they would count until their time has come."""
 
-MAX_WIDER_EXPONENT: Final = 31
-"""The widest slot that is accepted from a peer when the limit's own slots are narrower: 2**31 us = 36 minutes, the
-slots of a limit of a day. Wider slots than the limit's own are from before it changed. They are kept for as long as
-they are wide.
+MAX_WIDER_EXPONENT: Final = 36
+"""The widest slot that is accepted from a peer when the limit's own slots are narrower: 2**36 us = 19 hours, the slots
+of a limit of a month. Wider slots than the limit's own are from before it changed. They are kept for as long as they
+are wide. A fixed window's slots are almost as long as the window.
 """
 
-MAX_WIDER_WINDOW_EXPONENT: Final = 36
-"""The same for fixed windows, whose slots are almost as long as the window: 2**36 us = 19 hours."""
+MAX_WIDER_SLIDING_EXPONENT: Final = 31
+"""The same for sliding windows: 2**31 us = 36 minutes, the slots of a limit of a day. They are kept for 64 times their
+width.
+"""
 
 MAX_TOKENS: Final = 2**40
 MAX_CAPACITY: Final = 2**40

@@ -192,7 +192,7 @@ class TokenBucket(Bucket):
         oldest_us = max(self._base_us, limit.boundary_us(self.at_us))
         # An id is its slot's start with the exponent in the low bits.
         newest_us = self.at_us + MAX_AHEAD_US
-        widest = max(limit.exponent, MAX_WIDER_EXPONENT)
+        widest = self._widest(limit.exponent, MAX_WIDER_EXPONENT)
         news = 0
         too_many = refold = False
         for entry in entries:

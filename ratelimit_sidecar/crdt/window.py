@@ -22,7 +22,7 @@ from ratelimit_sidecar.crdt.journal import Journal, Refused
 from ratelimit_sidecar.crdt.limit import (
     MAX_AHEAD_US,
     MAX_WIDER_EXPONENT,
-    MAX_WIDER_WINDOW_EXPONENT,
+    MAX_WIDER_SLIDING_EXPONENT,
     SLOTS_PER_PERIOD,
     AnyLimit,
     WindowLimit,
@@ -161,7 +161,7 @@ class FixedWindow(_Window):
         of a peer may be ahead.
         """
         self.advance(now_us)
-        widest = max(self._limit.exponent, MAX_WIDER_WINDOW_EXPONENT)
+        widest = self._widest(self._limit.exponent, MAX_WIDER_EXPONENT)
         news = 0
         again = False
         for entry in entries:
@@ -384,7 +384,7 @@ class SlidingWindow(_Window):
         ahead as they would be kept, are refused.
         """
         self.advance(now_us)
-        widest = max(self._limit.exponent, MAX_WIDER_EXPONENT)
+        widest = self._widest(self._limit.exponent, MAX_WIDER_SLIDING_EXPONENT)
         news = 0
         again = False
         for entry in entries:

@@ -90,6 +90,35 @@ def read(raw: bytes, store: Store, now_us: int) -> SnapshotInfo:
     return checked
 
 
+MONTH_US = 30 * 86_400 * SECOND_US
+SHORTENED = {
+    "a smaller burst": (TokenBucketLimit(100, MONTH_US, 100), TokenBucketLimit(100, MONTH_US, 40)),
+    "a higher rate": (TokenBucketLimit(100, MONTH_US, 100), TokenBucketLimit(1_000, MONTH_US, 100)),
+    "a year to a month": (TokenBucketLimit(100, 365 * 86_400 * SECOND_US, 100), TokenBucketLimit(100, MONTH_US, 100)),
+    "a sliding month to a week": (
+        WindowLimit(50, MONTH_US, Window.SLIDING),
+        WindowLimit(50, 7 * 86_400 * SECOND_US, Window.SLIDING),
+    ),
+}
+
+
+@pytest.mark.parametrize(("former", "limit"), SHORTENED.values(), ids=SHORTENED)
+def test_what_was_taken_in_the_wide_slots_of_a_former_limit_is_restored(
+    former: TokenBucketLimit | WindowLimit, limit: TokenBucketLimit | WindowLimit
+) -> None:
+    before, reloaded, after = (
+        Store(origin, lambda _key: limit, rule_key=rule_key) for origin in (BEFORE, BEFORE, AFTER)
+    )
+    match = RULES.match("api", [("month", "a")])
+    assert match is not None
+    for store in (before, reloaded):
+        assert store.bucket(match.bucket_key, former, NOW_US).take(former.capacity, NOW_US)
+    assert not reloaded.bucket(match.bucket_key, limit, NOW_US).take(limit.capacity // 2, NOW_US)
+    for store in (before, reloaded):
+        read(written(store), after, NOW_US)
+        assert not after.bucket(match.bucket_key, limit, NOW_US).take(limit.capacity // 2, NOW_US)
+
+
 takes = st.lists(
     st.tuples(
         st.sampled_from(sorted(LIMITS)),
