@@ -13,7 +13,9 @@ The files are read again at each handshake, and every minute, so that errors in 
 from __future__ import annotations
 
 import asyncio
+import math
 import ssl
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -22,7 +24,7 @@ import grpc.aio
 
 from ratelimit_sidecar.config.certificate_names import accepting
 from ratelimit_sidecar.config.sidecar_schema import SyncTlsConfig
-from ratelimit_sidecar.config.tls_files import CertificateInForce, TlsPaths
+from ratelimit_sidecar.config.tls_files import CertificateInForce, TlsPaths, not_after_s
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.replication.wire import ProtocolError, Reason
 from ratelimit_sidecar.threads import in_daemon_thread
@@ -40,9 +42,11 @@ class PeerCertificate:
 
     Args:
         names: its subject alternative names of the kinds DNS and URI.
+        not_after_s: when it ends, in seconds since the epoch; infinite if the handshake has looked, or nobody can tell.
     """
 
     names: frozenset[str]
+    not_after_s: float = math.inf
 
     def check(self, pattern: str, origin: Origin, region: str) -> None:
         """Check that it is for the node that says it is `origin`, in `region`.
@@ -51,8 +55,10 @@ class PeerCertificate:
             pattern: with `{node}` and `{region}` for these, and `*` for one part of a name between dots or slashes.
 
         Raises:
-            ProtocolError: it is not.
+            ProtocolError: it is not, or it has ended.
         """
+        if self.not_after_s < time.time():
+            raise ProtocolError(Reason.CERTIFICATE, f"the certificate of {origin.node!r} has ended")
         wanted = pattern.replace("{node}", origin.node).replace("{region}", region)
         accepts = accepting(pattern, {"{node}": origin.node, "{region}": region})
         if not any(accepts.fullmatch(name) for name in self.names):
@@ -119,9 +125,18 @@ class NodeCertificate(CertificateInForce):
 
 
 def of_client(auth_context: Mapping[str, Iterable[bytes]]) -> PeerCertificate:
-    """The certificate of a client, from gRPC's `ServicerContext.auth_context`."""
+    """The certificate of a client, from gRPC's `ServicerContext.auth_context`.
+
+    It may have ended: nobody has looked when the client has resumed a TLS session, which it may do for days.
+    """
     names = [*auth_context.get("peer_dns", ()), *auth_context.get("peer_uri", ())]
-    return PeerCertificate(frozenset(name.decode("utf-8", "replace") for name in names))
+    [pem] = auth_context["x509_pem_cert"]
+    try:
+        ends_s = not_after_s(pem)
+    except ValueError:
+        # BoringSSL accepts the certificate, so it can be used.
+        ends_s = math.inf
+    return PeerCertificate(frozenset(name.decode("utf-8", "replace") for name in names), ends_s)
 
 
 def _pinned(shown: Mapping[str, object], der: bytes) -> Pinned:

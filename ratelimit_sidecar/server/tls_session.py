@@ -10,6 +10,7 @@ then there is something to read; or `is_over` is.
 from __future__ import annotations
 
 import ssl
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Final
@@ -135,9 +136,10 @@ class TlsSession:
             self._end("certificate" if _is_about_client(error) else "tls")
             return
         # RFC 9113, section 3.3: HTTP/2 over TLS is agreed on by ALPN.
+        shown = connection.getpeercert() or {}
         if connection.selected_alpn_protocol() != "h2":
             self._end("tls")
-        elif not self._may_call(_names_of(connection.getpeercert() or {})):
+        elif _has_ended(shown) or not self._may_call(_names_of(shown)):
             self._end("certificate")
         else:
             self.is_established = True
@@ -153,6 +155,14 @@ def _names_of(shown: Mapping[str, object]) -> Iterator[str]:
     for kind, name in shown.get("subjectAltName", ()):  # type: ignore[attr-defined]
         if kind in _NAMES:
             yield name
+
+
+def _has_ended(shown: Mapping[str, object]) -> bool:
+    """OpenSSL does not look when a session is resumed, which a client may go on doing for ever (each resumption of TLS
+    1.3 gives a new ticket).
+    """
+    ends = shown.get("notAfter")
+    return isinstance(ends, str) and ssl.cert_time_to_seconds(ends) < time.time()
 
 
 def _is_about_client(error: ssl.SSLError) -> bool:

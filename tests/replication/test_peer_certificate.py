@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
 import pytest
+from certificates import Authority
 
 from ratelimit_sidecar.crdt.bucket import Origin
-from ratelimit_sidecar.replication.tls import PeerCertificate
+from ratelimit_sidecar.replication.tls import PeerCertificate, of_client
 from ratelimit_sidecar.replication.wire import ProtocolError, Reason
 
 SPIFFE = "spiffe://mesh/region/{region}/sa/{node}"
@@ -72,6 +77,15 @@ def test_the_whole_name_counts_and_a_star_is_one_part_of_it(pattern: str, name: 
 def test_a_node_id_stands_for_itself_alone(node: str, name: str) -> None:
     assert not is_accepted("{node}", name, node=node)
     assert is_accepted("{node}", node, node=node)
+
+
+@pytest.mark.parametrize(("ends_in", "is_accepted"), [(timedelta(seconds=-2), False), (timedelta(minutes=1), True)])
+def test_the_certificate_of_a_client_must_not_have_ended(tmp_path: Path, ends_in: timedelta, is_accepted: bool) -> None:
+    """In a session that a client resumes nobody has looked."""
+    written = Authority().write(tmp_path / "a", "a", not_after=datetime.now(UTC) + ends_in)
+    certificate = of_client({"peer_dns": [b"a"], "x509_pem_cert": [written.certificate.read_bytes()]})
+    with nullcontext() if is_accepted else pytest.raises(ProtocolError, match="has ended"):
+        certificate.check("{node}", Origin("a", 1), "eu")
 
 
 def test_dns_names_are_the_same_in_either_case_and_uris_are_not() -> None:

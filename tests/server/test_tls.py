@@ -56,11 +56,18 @@ def kind(request: pytest.FixtureRequest) -> str:
 class Client:
     """Trusts one authority; may have a certificate."""
 
-    def __init__(self, folder: Path, trusted: Authority, issuer: Authority | None = None, *names: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        trusted: Authority,
+        issuer: Authority | None = None,
+        *names: str,
+        not_after: datetime | None = None,
+    ) -> None:
         folder.mkdir()
         self._ca = folder / "trusted.crt"
         trusted.certificate_to(self._ca)
-        self._files = None if issuer is None else issuer.write(folder / "own", *names)
+        self._files = None if issuer is None else issuer.write(folder / "own", *names, not_after=not_after)
 
     async def call(self, front_end: FrontEnd, message: bytes = b"hello") -> bytes:
         files = self._files
@@ -463,35 +470,68 @@ async def test_renewed_certificates_and_authorities_need_no_restart(kind: str, t
         assert answer.code == Code.OK
 
 
-@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+both_versions = pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+
+
+async def resume(
+    front_end: FrontEnd, context: ssl.SSLContext, session: ssl.SSLSession | None
+) -> tuple[bool, ssl.SSLSession | None]:
+    """Connect.
+
+    Returns:
+        Whether this session was resumed, and the one to resume next.
+
+    Raises:
+        ssl.SSLError, ConnectionResetError: refused.
+    """
+
+    def connect() -> tuple[bool, ssl.SSLSession | None]:
+        host, _, port = front_end.addresses[0].rpartition(":")
+        with (
+            socket.create_connection((host, int(port)), WITHIN_S) as plain,
+            context.wrap_socket(plain, session=session) as encrypted,
+        ):
+            # Settings come after the tickets of TLS 1.3, and after what the server thinks of the certificate.
+            if not encrypted.recv(9):
+                raise ConnectionResetError
+            return bool(encrypted.session_reused), encrypted.session
+
+    return await asyncio.to_thread(connect)
+
+
+@both_versions
 async def test_no_session_of_before_a_renewal_is_resumed(tmp_path: Path, version: ssl.TLSVersion) -> None:
     """That would be to trust a client by an authority that is no longer trusted."""
     authority, clients = Authority(), Authority()
     certificate = ServerCertificate(authority.write_listener(tmp_path / "server", NAME, clients=clients))
-    client = Client(tmp_path / "client", authority, clients, "envoy.example")
-    context = client.context()
+    context = Client(tmp_path / "client", authority, clients, "envoy.example").context()
     context.minimum_version = context.maximum_version = version
     async with running("h2", ECHO, certificate=certificate) as front_end:
-
-        def connect(session: ssl.SSLSession | None = None) -> tuple[bool, ssl.SSLSession | None]:
-            host, _, port = front_end.addresses[0].rpartition(":")
-            with (
-                socket.create_connection((host, int(port)), WITHIN_S) as plain,
-                context.wrap_socket(plain, session=session) as encrypted,
-            ):
-                # Settings come after the tickets of TLS 1.3, and after what the server thinks of the certificate.
-                if not encrypted.recv(9):
-                    raise ConnectionResetError
-                return bool(encrypted.session_reused), encrypted.session
-
-        _, session = await asyncio.to_thread(connect)
-        is_resumed, session = await asyncio.to_thread(connect, session)
+        _, session = await resume(front_end, context, None)
+        is_resumed, session = await resume(front_end, context, session)
         assert is_resumed
         Authority().write_listener(tmp_path / "server", NAME, clients=Authority())
         await asyncio.to_thread(certificate.renew)
         context.verify_mode = ssl.CERT_NONE
         with pytest.raises((ssl.SSLError, ConnectionResetError)):
-            await asyncio.to_thread(connect, session)
+            await resume(front_end, context, session)
+
+
+@both_versions
+async def test_no_session_is_resumed_after_the_end_of_its_certificate(tmp_path: Path, version: ssl.TLSVersion) -> None:
+    authority, clients = Authority(), Authority()
+    certificate = ServerCertificate(authority.write_listener(tmp_path / "server", NAME, clients=clients))
+    ends = datetime.now(UTC) + timedelta(seconds=4)
+    context = Client(tmp_path / "client", authority, clients, "envoy.example", not_after=ends).context()
+    context.minimum_version = context.maximum_version = version
+    async with running("h2", ECHO, certificate=certificate) as front_end:
+        _, session = await resume(front_end, context, None)
+        is_resumed, session = await resume(front_end, context, session)
+        assert is_resumed
+        await until(lambda: datetime.now(UTC) > ends)
+        with pytest.raises((ssl.SSLError, ConnectionResetError)):
+            await resume(front_end, context, session)
+        assert closed(front_end) == {"certificate": 1}
 
 
 @pytest.mark.parametrize(
