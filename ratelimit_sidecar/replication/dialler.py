@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -30,6 +31,12 @@ from ratelimit_sidecar.replication.tls import NodeCertificate, PeerCertificate, 
 from ratelimit_sidecar.replication.wire import FAULTLESS, ProtocolError, Reason
 
 _MISCONFIGURED = frozenset({Reason.CERTIFICATE, Reason.DUPLICATE_NODE})
+
+_ABSENT = frozenset({socket.EAI_NONAME, socket.EAI_NODATA})
+"""The errors by which a resolver says that a name has no addresses, not that it cannot tell."""
+
+_LOOKUPS = 3
+"""That fail in a row before a name counts as one without addresses."""
 
 _CHANNEL_OPTIONS = (
     *OPTIONS,
@@ -138,10 +145,11 @@ class Dialler:
                 addresses = await self._resolver.addresses(host, port)
             except Exception as error:
                 # No host can have such a name, the system has no more threads, or whatever else: others go on.
-                self._note_unresolved(name, getattr(error, "strerror", None) or str(error))
+                is_absent = isinstance(error, OSError) and error.errno in _ABSENT
+                self._note_unresolved(name, getattr(error, "strerror", None) or str(error), is_absent=is_absent)
             else:
                 if not addresses:
-                    self._note_unresolved(name, "it has no addresses")
+                    self._note_unresolved(name, "it has no addresses", is_absent=True)
                 else:
                     found = [f"[{each}]:{port}" if ":" in each else f"{each}:{port}" for each in addresses]
                     for target in self.targets.resolved(name, found, self._strict_us()):
@@ -149,12 +157,16 @@ class Dialler:
                         self._start(target, tasks)
             self._retire()
             self._progress.notify()
-            await asyncio.sleep(self._resolver.every_seconds * random.uniform(0.8, 1.2))
+            seconds = self._resolver.every_seconds if name.is_settled else self._resolver.first_seconds
+            await asyncio.sleep(seconds * random.uniform(0.8, 1.2))
 
-    def _note_unresolved(self, name: Name, why: str) -> None:
+    def _note_unresolved(self, name: Name, why: str, *, is_absent: bool) -> None:
         if not name.error:
             _log.warning("name_not_resolved", name=name.configured, why=why, kept=list(name.addresses))
-        name.is_settled, name.error = True, why
+        name.failed_lookups += 1
+        name.error = why
+        # DNS may be away for a moment, or not know yet. Without peers this node would begin with full limits.
+        name.is_settled |= is_absent and name.failed_lookups >= _LOOKUPS
 
     def _retire(self) -> None:
         for target in self.targets.take_retired(self._strict_us()):

@@ -31,7 +31,9 @@ class Resolver:
     Args:
         addresses: as `system_addresses`.
         every_seconds: how often each name is resolved, give or take a fifth.
+        first_seconds: the same, until it is for the first time.
     """
 
     addresses: Callable[[str, int], Awaitable[Sequence[str]]] = system_addresses
     every_seconds: float = 5.0
+    first_seconds: float = 0.5

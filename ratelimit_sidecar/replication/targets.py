@@ -74,7 +74,9 @@ class Name:
     addresses: tuple[str, ...] = ()
     """The addresses that it last resolved to, as `ip:port`."""
     is_settled: bool = False
-    """True once resolving has succeeded or failed."""
+    """True once it was resolved, or has no addresses however often one asks."""
+    failed_lookups: int = 0
+    """In a row."""
     error: str = ""
     """Why it cannot be resolved now; "" if it can, or was not tried yet."""
 
@@ -109,7 +111,7 @@ class Targets:
             The new targets.
         """
         name.addresses = tuple(sorted(set(addresses))[:MAX_ADDRESSES])
-        name.is_settled, name.error = True, ""
+        name.is_settled, name.failed_lookups, name.error = True, 0, ""
         new = []
         for address in name.addresses:
             if address not in self._targets:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
@@ -59,7 +60,7 @@ class Names:
 
     @property
     def resolver(self) -> Resolver:
-        return Resolver(self, every_seconds=0.01)
+        return Resolver(self, every_seconds=0.01, first_seconds=0.01)
 
 
 def port_free_on_loopback() -> int:
@@ -97,7 +98,7 @@ async def test_a_name_that_cannot_be_looked_up_for_want_of_threads_disturbs_no_o
             "a",
             listen=None,
             peers=[f"mesh:{port}", f"other:{port}"],
-            resolver=Resolver(without_threads, every_seconds=0.01),
+            resolver=Resolver(without_threads, every_seconds=0.01, first_seconds=0.01),
             supervisor=supervisor,
         ) as a,
     ):
@@ -353,6 +354,34 @@ async def test_a_name_without_addresses_does_not_hold_up_who_waits_for_the_peers
             ("nowhere:1", "Name or service not known"),
             ("empty:1", "it has no addresses"),
         ]
+
+
+@pytest.mark.parametrize(
+    ("failures", "error"),
+    [
+        (2, socket.gaierror(socket.EAI_NONAME, "Name or service not known")),
+        (9, socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")),
+    ],
+    ids=["not known yet", "nobody can tell"],
+)
+async def test_a_name_that_cannot_be_resolved_at_first_is_waited_for(failures: int, error: OSError) -> None:
+    port, names = port_free_on_loopback(), Names(mesh=["127.0.0.2"])
+
+    async def addresses(host: str, port: int) -> Sequence[str]:
+        found = await names(host, port)
+        if names.asked <= failures:
+            raise error
+        return found
+
+    resolver = Resolver(addresses, every_seconds=60, first_seconds=0.01)
+    async with (
+        sidecar("b", listen=f"127.0.0.2:{port}") as b,
+        sidecar("a", listen=None, peers=[f"mesh:{port}"], resolver=resolver) as a,
+    ):
+        b.take("ann", 5)
+        assert await a.mesh.wait_joined(TIMEOUT_SECONDS)
+        assert names.asked == failures + 1
+        assert [status.node for status in a.mesh.status()] == ["b"]
 
 
 class Way:
