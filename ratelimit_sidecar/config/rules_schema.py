@@ -309,7 +309,8 @@ class Descriptor(Section):
         None,
         description="How far its buckets are shared: `eventual`, over the whole mesh; `strict` (token buckets only),"
         " divided among the `sync.members`, which together never exceed the limit; `local`, not at all: each sidecar"
-        " has the limit to itself. With another one it is another limit, which begins full; a strict one empty.",
+        " has the limit to itself. With another one it is another limit, which begins full; a strict"
+        " one begins with what it would have refilled since the sidecar began.",
     )
     wait: Annotated[Wait | None, ShownDefault("nothing waits")] = Field(
         None,

@@ -442,14 +442,16 @@ class SlidingWindow(_Window):
         return Settled(0, sorted(slots)) if slots else None
 
     def _go_back(self, now_us: int) -> None:
-        """The clock was set back. Drop slots that peers refuse now; their tokens count as taken now."""
-        count = self.count
+        """The clock was set back. Drop slots that peers refuse now; their tokens count as taken now. What had left the
+        period may be in it again, and leaves before them: it does not make up for them.
+        """
+        former_us, count = self.at_us, self.count
         self._take_new_origin()
         self.at_us = now_us
         self._close_own_slot()
         self._forget(self._is_ahead)
+        tokens = count - self.fold(former_us)
         self._recount()
-        tokens = count - self.count
         if tokens > 0:
             slot = slot_id(now_us, self._limit.exponent)
             self._open_own_slot(slot)

@@ -93,6 +93,17 @@ def test_a_window_that_was_used_up_and_forgotten_is_not_empty_when_the_clock_is_
     assert not one.take(1, begin_us + 61 * SECOND_US)
 
 
+def test_what_comes_into_a_sliding_window_again_does_not_make_up_for_what_was_taken_after_it() -> None:
+    limit = WindowLimit(30, 60 * SECOND_US, Window.SLIDING)
+    one = Replica("one", limit, 20 * SECOND_US)
+    assert one.take(30, NOW_US)
+    assert one.take(30, NOW_US + 63 * SECOND_US)
+    one.set_clock(0)
+    for second in range(64, 123):
+        assert not one.take(1, NOW_US + second * SECOND_US)
+    assert one.take(30, NOW_US + 127 * SECOND_US)
+
+
 @each_limit
 def test_time_goes_on_at_once(limit: AnyLimit) -> None:
     """It stood still until the wrong time had come, an hour later."""
