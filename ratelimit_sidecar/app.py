@@ -51,6 +51,7 @@ from ratelimit_sidecar.limiter.key import rule_key
 from ratelimit_sidecar.limiter.limiter import Limiter, Retired
 from ratelimit_sidecar.limiter.quota import Quotas
 from ratelimit_sidecar.limiter.rules import Rules
+from ratelimit_sidecar.memory_limit import bytes_a_bucket, max_buckets, memory_limit_bytes
 from ratelimit_sidecar.mesh_status import MembershipStatus, PeerStatus
 from ratelimit_sidecar.persistence.purse_file import PurseFile
 from ratelimit_sidecar.persistence.snapshot_file import SnapshotFile
@@ -182,7 +183,9 @@ class Sidecar:
         file_limits = _raise_file_limit(config.listen)
         mesh_bounds = replace(MESH_BOUNDS, connections=file_limits.mesh)
         self._tracing = start_tracing(config.node.id, config.node.region)
-        self.limiter = _make_limiter(config, rules, self.clock.now_us())
+        self._memory_bytes = memory_limit_bytes()
+        most = max_buckets(config, self._memory_bytes)
+        self.limiter = _make_limiter(config, rules, self.clock.now_us(), most)
         self._fullest = FullestBuckets(self.limiter.store)
         self.reloader = Reloader(
             self._use_rules, self.clock.now_us, source_name, loaded=rules if config.xds is None else None
@@ -682,7 +685,18 @@ class Sidecar:
             sync=self._mesh.bound_address,
             peers=list(self._config.sync.peers),
             rules=len(list(rules)),
+            max_buckets=self.limiter.store.places.max_buckets,
         )
+        needed_bytes = self.limiter.store.places.max_buckets * bytes_a_bucket(self._config)
+        if needed_bytes > self._memory_bytes:
+            _log.warning(
+                "memory_may_run_out",
+                max_buckets=self.limiter.store.places.max_buckets,
+                needed_bytes=needed_bytes,
+                memory_bytes=self._memory_bytes,
+                reason="who invents keys can have the kernel kill this process",
+                fix="a smaller max_buckets, none, or more memory",
+            )
         if self._config.xds is None and not rules.domains and rules.default_rule is None:
             reason = "no rules files are there yet" if self._config.rules else "neither rules nor bucket are configured"
             _log.warning("nothing_is_limited", reason=reason)
@@ -720,14 +734,14 @@ def _ahead(offset_us: int) -> str:
     return f"{abs(offset_us) / 1e6:.1f} s {'ahead' if offset_us > 0 else 'behind'}"
 
 
-def _make_limiter(config: SidecarConfig, rules: Rules, now_us: int) -> Limiter:
+def _make_limiter(config: SidecarConfig, rules: Rules, now_us: int, most: int) -> Limiter:
     origin = _new_origin(config.node.id)
     ledger: Ledger | None = None
     if config.membership is not None:
         kind = Ledger if config.fabric is None else GrantLedger
         shares = Shares(config.membership, config.member, now_us, has_never_lent=config.fabric is not None)
-        ledger = kind(shares, origin, rules.strict_limit_of_key, max_buckets=config.max_buckets, rule_key=rule_key)
-    return Limiter(rules, origin, config.settings, ledger, max_buckets=config.max_buckets)
+        ledger = kind(shares, origin, rules.strict_limit_of_key, max_buckets=most, rule_key=rule_key)
+    return Limiter(rules, origin, config.settings, ledger, max_buckets=most)
 
 
 def _front_end_bounds(listen: ListenConfig, file_limits: FileLimits) -> ServerBounds:

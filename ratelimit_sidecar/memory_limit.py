@@ -1,0 +1,76 @@
+"""How much memory this process may take, and how many buckets have room in it.
+
+The kernel kills a process that exceeds the limit of its cgroup, as of a container, and whoever can invent keys can fill
+the store. So the number of buckets follows from the memory, unless it is configured.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from ratelimit_sidecar.config.sidecar import SidecarConfig
+from ratelimit_sidecar.crdt.store import DEFAULT_MAX_BUCKETS
+
+MIN_BUCKETS: Final = 10_000
+
+BUCKETS_SHARE: Final = 2
+"""Buckets may take half of the memory. Calls, connections, and the process itself take the rest."""
+
+# The most that one takes, in bytes (docs/sizing.md).
+_TOKEN_BUCKET: Final = 1_600
+_STRICT_BUCKET: Final = 1_400
+_STRICT_BUCKET_OF_MEMBER: Final = 200
+_GATEWAY_BUCKET: Final = 8_000
+
+
+def memory_limit_bytes(root: Path = Path("/")) -> int:
+    """The memory of the machine, or if that is less, of the cgroups in which this process is (cgroups(7), both
+    versions).
+
+    Args:
+        root: where `proc` and `sys` are.
+    """
+    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_cgroup_limits(root)])
+
+
+def _cgroup_limits(root: Path) -> Iterator[int]:
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            top, file = root / "sys/fs/cgroup", "memory.max"
+        elif "memory" in controllers.split(","):
+            top, file = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+        else:
+            continue
+        # A group has the limits of all those that it is in. A container may see its own as the topmost.
+        group = Path(path.lstrip("/"))
+        for folder in (group, *group.parents):
+            try:
+                yield int((top / folder / file).read_text())
+            except (OSError, ValueError):
+                # It is not there, or says "max".
+                continue
+
+
+def bytes_a_bucket(config: SidecarConfig) -> int:
+    """The most that one of `max_buckets` takes, but for sliding windows."""
+    if config.fabric is not None:
+        return _GATEWAY_BUCKET
+    if config.membership is None:
+        return _TOKEN_BUCKET
+    return _TOKEN_BUCKET + _STRICT_BUCKET + _STRICT_BUCKET_OF_MEMBER * len(config.membership.weights)
+
+
+def max_buckets(config: SidecarConfig, limit_bytes: int) -> int:
+    """As configured; else as many as have room."""
+    if config.max_buckets is not None:
+        return config.max_buckets
+    fitting = limit_bytes // BUCKETS_SHARE // bytes_a_bucket(config)
+    return max(MIN_BUCKETS, min(fitting, DEFAULT_MAX_BUCKETS))

@@ -1,0 +1,66 @@
+"""How many buckets there may be where the memory is limited."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from ratelimit_sidecar.config.sidecar_schema import FabricConfig, SidecarConfig, SyncConfig
+from ratelimit_sidecar.memory_limit import bytes_a_bucket, max_buckets, memory_limit_bytes
+
+MIB = 1_024 * 1_024
+MACHINE = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+V1 = "sys/fs/cgroup/memory"
+V2 = "sys/fs/cgroup"
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "limit"),
+    [
+        pytest.param("0::/", {f"{V2}/memory.max": "536870912\n"}, 512 * MIB, id="a container's own"),
+        pytest.param("0::/a/b", {f"{V2}/a/b/memory.max": "max\n"}, MACHINE, id="none"),
+        pytest.param(
+            "0::/a/b", {f"{V2}/a/b/memory.max": "max\n", f"{V2}/a/memory.max": "1048576\n"}, MIB, id="of one around it"
+        ),
+        pytest.param("5:cpu:/x\n4:memory:/a\n0::/", {f"{V1}/a/memory.limit_in_bytes": "1048576\n"}, MIB, id="v1"),
+        pytest.param(
+            "4:hugetlb,memory:/docker/1",
+            {f"{V1}/memory.limit_in_bytes": "1048576\n"},
+            MIB,
+            id="a container's own, v1",
+        ),
+        pytest.param("4:memory:/", {f"{V1}/memory.limit_in_bytes": "9223372036854771712\n"}, MACHINE, id="none, v1"),
+        pytest.param("", {}, MACHINE, id="no cgroups"),
+    ],
+)
+def test_the_least_limit_is_found(groups: str, files: dict[str, str], limit: int, tmp_path: Path) -> None:
+    for name, text in {"proc/self/cgroup": groups, **files}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert memory_limit_bytes(tmp_path) == limit
+
+
+def test_a_system_without_cgroups_has_the_memory_of_the_machine(tmp_path: Path) -> None:
+    assert memory_limit_bytes(tmp_path) == MACHINE
+
+
+EVENTUAL = SidecarConfig()
+STRICT = SidecarConfig(sync=SyncConfig(members={"a": 1, "b": 1, "c": 1}))
+FABRIC = SidecarConfig(fabric=FabricConfig(url="redis://redis.example"))
+
+
+@pytest.mark.parametrize("config", [EVENTUAL, STRICT, FABRIC], ids=["eventual", "strict", "fabric"])
+@pytest.mark.parametrize("limit", [128 * MIB, 512 * MIB, 1_024 * MIB])
+def test_buckets_have_room_in_half_of_the_memory(config: SidecarConfig, limit: int) -> None:
+    most = max_buckets(config, limit)
+    assert most == 10_000 or limit // 2 - bytes_a_bucket(config) < most * bytes_a_bucket(config) <= limit // 2
+
+
+def test_there_are_a_million_where_there_is_room() -> None:
+    assert max_buckets(EVENTUAL, 64 * 1_024 * MIB) == 1_000_000
+
+
+def test_what_is_configured_counts() -> None:
+    assert max_buckets(SidecarConfig(max_buckets=2_000_000), 128 * MIB) == 2_000_000
