@@ -112,7 +112,7 @@ ports:
 startupProbe:
   httpGet: {path: /readyz, port: {{ .Values.ports.admin }}}
   periodSeconds: 1
-  failureThreshold: 60
+  failureThreshold: 300
 readinessProbe:
   httpGet: {path: /readyz, port: {{ .Values.ports.admin }}}
   periodSeconds: 5
