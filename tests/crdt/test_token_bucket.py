@@ -582,6 +582,18 @@ def test_a_late_slot_narrower_than_those_of_the_limit_is_paid_with_what_was_spil
     assert bucket.deficit == bucket.fold(NOW_US)
 
 
+def test_who_starts_hears_what_peers_took_before_a_months_limit_began_to_refill_sooner() -> None:
+    month_us = 30 * 86_400_000_000
+    former, limit = TokenBucketLimit(100, month_us, 100), TokenBucketLimit(100, month_us, 40)
+    there = TokenBucket(b"k", former, THERE, NOW_US)
+    assert there.take(100, NOW_US)
+    there.set_limit(limit, NOW_US)
+    here = TokenBucket(b"k", limit, HERE, NOW_US)
+    here.merge(there.entries(), NOW_US)
+    assert here.fold(NOW_US) == there.fold(NOW_US)
+    assert not here.take(20, NOW_US)
+
+
 def test_what_is_sealed_at_a_peers_boundary_amid_a_slot_is_cut_to_max_debt_too() -> None:
     wide, narrow = TokenBucketLimit(1, 60_000_000, 5), TokenBucketLimit(10, 1_000_000, 10)
     bucket = TokenBucket(b"k", wide, HERE, NOW_US)

@@ -90,33 +90,33 @@ def read(raw: bytes, store: Store, now_us: int) -> SnapshotInfo:
     return checked
 
 
-MONTH_US = 30 * 86_400 * SECOND_US
-SHORTENED = {
-    "a smaller burst": (TokenBucketLimit(100, MONTH_US, 100), TokenBucketLimit(100, MONTH_US, 40)),
-    "a higher rate": (TokenBucketLimit(100, MONTH_US, 100), TokenBucketLimit(1_000, MONTH_US, 100)),
-    "a year to a month": (TokenBucketLimit(100, 365 * 86_400 * SECOND_US, 100), TokenBucketLimit(100, MONTH_US, 100)),
-    "a sliding month to a week": (
-        WindowLimit(50, MONTH_US, Window.SLIDING),
-        WindowLimit(50, 7 * 86_400 * SECOND_US, Window.SLIDING),
-    ),
-}
+DAY_US = 86_400 * SECOND_US
+UNITS_US = [SECOND_US, 60 * SECOND_US, 3_600 * SECOND_US, DAY_US, 7 * DAY_US, 30 * DAY_US, 365 * DAY_US]
+of_units = st.sampled_from(UNITS_US)
+capacities = st.integers(1, 1_000)
+changed_limits = st.lists(
+    st.builds(TokenBucketLimit, capacities, of_units, capacities), min_size=2, max_size=2
+) | st.lists(st.builds(WindowLimit, capacities, of_units, st.just(Window.SLIDING)), min_size=2, max_size=2)
 
 
-@pytest.mark.parametrize(("former", "limit"), SHORTENED.values(), ids=SHORTENED)
-def test_what_was_taken_in_the_wide_slots_of_a_former_limit_is_restored(
-    former: TokenBucketLimit | WindowLimit, limit: TokenBucketLimit | WindowLimit
+@given(changed_limits, st.integers(0, 100 * DAY_US), st.sampled_from([0, SECOND_US // 10, 10 * SECOND_US]))
+@example([TokenBucketLimit(100, 30 * DAY_US, 100), TokenBucketLimit(100, 30 * DAY_US, 40)], 0, 0)
+@example([TokenBucketLimit(100, 365 * DAY_US, 100), TokenBucketLimit(100, 30 * DAY_US, 100)], 0, 0)
+@example([WindowLimit(50, 30 * DAY_US, Window.SLIDING), WindowLimit(50, 7 * DAY_US, Window.SLIDING)], 0, 0)
+def test_what_was_taken_under_a_former_limit_is_restored(
+    limits: list[TokenBucketLimit | WindowLimit], later_us: int, pause_us: int
 ) -> None:
-    before, reloaded, after = (
-        Store(origin, lambda _key: limit, rule_key=rule_key) for origin in (BEFORE, BEFORE, AFTER)
-    )
+    """Its slots may be wider than any that this limit has."""
+    former, limit = limits
+    taken_us = NOW_US + later_us
+    now_us = taken_us + pause_us
+    before, after = (Store(origin, lambda _key: limit, rule_key=rule_key) for origin in (BEFORE, AFTER))
     match = RULES.match("api", [("month", "a")])
     assert match is not None
-    for store in (before, reloaded):
-        assert store.bucket(match.bucket_key, former, NOW_US).take(former.capacity, NOW_US)
-    assert not reloaded.bucket(match.bucket_key, limit, NOW_US).take(limit.capacity // 2, NOW_US)
-    for store in (before, reloaded):
-        read(written(store), after, NOW_US)
-        assert not after.bucket(match.bucket_key, limit, NOW_US).take(limit.capacity // 2, NOW_US)
+    assert before.bucket(match.bucket_key, former, taken_us).take(former.capacity, taken_us)
+    changed = before.bucket(match.bucket_key, limit, now_us)
+    read(written(before), after, now_us)
+    assert after.bucket(match.bucket_key, limit, now_us).fold(now_us) == changed.fold(now_us)
 
 
 takes = st.lists(
