@@ -1,10 +1,10 @@
 """The connections of proxies that ask over HTTP/1.1, such as Envoys with ext_authz.
 
-A proxy has one connection for each request under way, and denies the request, or lets it pass, when it is closed. So,
-unlike the console's, one is closed for another only while it is idle, and no request has come that was not read yet. An
-address may have as many as are free (`ConnectionLimiter`); beyond that its own longest idle one is closed, or else the
-new one. An address without any may take the place of the longest idle one of others. A new connection is idle, too: an
-Envoy whose client has gone keeps the one that it opened for it, and sends the next request on it whenever that comes.
+A proxy has one connection for each request under way, and denies the request when it is closed. So, unlike the
+console's, one is closed for another only while it is idle. An address may have as many as are free
+(`ConnectionLimiter`); beyond that its own longest idle one is closed, or else the new one. An address without any may
+take the place of the longest idle one of others. A new connection is idle, too: an Envoy whose client has gone keeps
+the one that it opened for it, and sends the next request on it whenever that comes.
 
 Thousands of them may be read at the same moment. As in the gRPC front end, an address that sends more than is handled
 at once waits for its turns (`server.turns`), and so does the end of a connection.
@@ -13,11 +13,8 @@ at once waits for its turns (`server.turns`), and so does the end of a connectio
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import termios
 import time
 from functools import partial
-from itertools import islice
 from typing import Final
 
 from uvicorn import Config
@@ -34,12 +31,6 @@ MAX_CONNECTIONS: Final = 4_096
 
 MAX_UNREAD_BYTES: Final = 64 * 1_024 * 1_024
 """16 KiB, the longest head, for each connection."""
-
-
-TRIES: Final = 16
-"""So many idle connections are looked at to make room for a new one. In a burst each may have a request that was not
-read yet.
-"""
 
 
 class ProxyPlaces:
@@ -69,11 +60,9 @@ class ProxyPlaces:
         budget = self._limiter.enter(address)
         if budget is None:
             idle = self._idle_of.get(address) or (None if self._limiter.has(address) else self._idle)
-            for connection in islice(idle or (), TRIES):
-                if not connection.has_bytes:
-                    connection.abort()
-                    budget = self._limiter.enter(address)
-                    break
+            if idle:
+                next(iter(idle)).abort()
+                budget = self._limiter.enter(address)
         self.refused += budget is None
         return budget
 
@@ -146,14 +135,6 @@ class ProxyConnection(BoundedConnection):
     def connection_lost(self, exc: Exception | None) -> None:
         self.forget()
         self._turns.join(self._places.release_queue, partial(super().connection_lost, exc))
-
-    @property
-    def has_bytes(self) -> bool:
-        """Whether the kernel has bytes that were not read yet."""
-        if self.transport.is_closing():
-            return False
-        descriptor = self.transport.get_extra_info("socket").fileno()
-        return any(fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4)))
 
     def forget(self) -> None:
         super().forget()

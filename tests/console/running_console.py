@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 import struct
 from collections.abc import AsyncIterator, Callable
@@ -137,11 +136,6 @@ class Client:
                 while data := await self._reader.read(65_536):
                     rest += data
         return bytes(rest)
-
-    @property
-    def socket(self) -> socket.socket:
-        """To send without the event loop."""
-        return socket.socket(fileno=os.dup(self._writer.get_extra_info("socket").fileno()))
 
     def close(self) -> None:
         self._writer.transport.abort()

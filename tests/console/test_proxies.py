@@ -95,17 +95,6 @@ async def test_an_address_without_connections_takes_the_place_of_an_idle_one() -
         await answered(later)
 
 
-async def test_an_idle_connection_whose_next_request_has_come_makes_no_room() -> None:
-    places = ProxyPlaces(4, Turns())
-    async with running(proxies=places) as server, AsyncExitStack() as stack:
-        longest, later, _ = [await answered(await stack.enter_async_context(connect(server))) for _ in range(3)]
-        # It is there at once, and read when this task awaits something.
-        longest.socket.send(GET)
-        assert places.enter("127.0.0.1") is not None
-        assert await longest.status() == 200
-        assert await later.closed() == b""
-
-
 async def test_a_connection_that_was_not_used_is_kept_as_an_idle_one_is() -> None:
     bounds = replace(DEFAULT_BOUNDS, request=0.05)
     async with running(proxies=ProxyPlaces(2, Turns()), bounds=bounds) as server, connect(server) as client:
