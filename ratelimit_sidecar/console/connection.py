@@ -139,6 +139,11 @@ class BoundedConnection(H11Protocol):
         """Whether all its requests are answered, and no part of the next one was read."""
         return self._wait is _Wait.SEND_NEXT_REQUEST
 
+    @property
+    def is_at_work(self) -> bool:
+        """Whether the application handles a request."""
+        return self._wait is None
+
     def _watch(self) -> None:
         """Set a new deadline if the connection now waits for another event; call this after each one.
 

@@ -1,10 +1,12 @@
 """The connections of proxies that ask over HTTP/1.1, such as Envoys with ext_authz.
 
-A proxy has one connection for each request under way, and denies the request when it is closed. So, unlike the
-console's, one is closed for another only while it is idle. An address may have as many as are free
+A proxy has one connection for each request under way, and denies the request, or lets it pass, when it is closed. So,
+unlike the console's, one is closed for another only while it is idle. An address may have as many as are free
 (`ConnectionLimiter`); beyond that its own longest idle one is closed, or else the new one. An address without any may
-take the place of the longest idle one of others. A new connection is idle, too: an Envoy whose client has gone keeps
-the one that it opened for it, and sends the next request on it whenever that comes.
+take the place of the longest idle one of others. Even that may cost a request, which the proxy is about to send on it.
+So an address with half of what it may have is told with each answer to close that connection itself, and idle ones
+never take up all of its places. A new connection is idle, too: an Envoy whose client has gone keeps the one that it
+opened for it, and sends the next request on it whenever that comes.
 
 Thousands of them may be read at the same moment. As in the gRPC front end, an address that sends more than is handled
 at once waits for its turns (`server.turns`), and so does the end of a connection.
@@ -18,6 +20,7 @@ from functools import partial
 from typing import Final
 
 from uvicorn import Config
+from uvicorn.protocols.http.flow_control import CLOSE_HEADER
 from uvicorn.server import ServerState
 
 from ratelimit_sidecar.console.bounds import HttpBounds
@@ -65,6 +68,10 @@ class ProxyPlaces:
                 budget = self._limiter.enter(address)
         self.refused += budget is None
         return budget
+
+    def is_crowded(self, connection: ProxyConnection) -> bool:
+        """Whether it should be closed by its proxy after the answer."""
+        return self._limiter.is_crowded(connection.budget)
 
     def leave(self, connection: ProxyConnection) -> None:
         """Give its place back."""
@@ -192,3 +199,6 @@ class ProxyConnection(BoundedConnection):
         super()._watch()
         if not self._has_left:
             self._places.note_idle(self, is_idle=self.is_idle and not self._is_in_line)
+            if self.is_at_work and self._places.is_crowded(self) and CLOSE_HEADER not in self.headers:
+                # uvicorn answers as if the proxy had asked for it.
+                self.headers.append(CLOSE_HEADER)

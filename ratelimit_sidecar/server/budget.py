@@ -106,6 +106,10 @@ class ConnectionLimiter:
         """Whether this address has a connection."""
         return address in self._addresses
 
+    def is_crowded(self, budget: AddressBudget) -> bool:
+        """Whether this address has more than half as many connections as there are free ones; it may have as many."""
+        return 2 * budget.connections > self._limit - self._taken
+
     def leave(self, budget: AddressBudget) -> None:
         """Note that a connection of this budget is closed."""
         self._taken -= 1

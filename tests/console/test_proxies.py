@@ -54,18 +54,30 @@ def hold(turns: Turns, queue: StepQueue, is_over: asyncio.Event) -> None:
 
 async def test_the_longest_idle_connection_of_its_address_makes_room_for_a_new_one() -> None:
     app = App()
-    async with running(app, ProxyPlaces(6, Turns())) as server, AsyncExitStack() as stack:
+    async with running(app, ProxyPlaces(12, Turns())) as server, AsyncExitStack() as stack:
         others = await answered(await stack.enter_async_context(connect(server, OTHER)))
-        at_work = await under_way(await stack.enter_async_context(connect(server)), app, 1)
-        first = await answered(await stack.enter_async_context(connect(server)))
-        second = await answered(await stack.enter_async_context(connect(server)))
-        await answered(first)
+        longest, later = [await answered(await stack.enter_async_context(connect(server))) for _ in range(2)]
+        at_work = [
+            await under_way(await stack.enter_async_context(connect(server)), app, number) for number in range(1, 5)
+        ]
         await answered(await stack.enter_async_context(connect(server)))
-        assert await second.closed() == b""
-        await answered(first)
+        assert await longest.closed() == b""
+        await answered(later)
         await answered(others)
         app.slow_may_end.set()
-        assert await at_work.status() == 200
+        assert [await each.status() for each in at_work] == [200] * 4
+
+
+async def test_an_address_with_half_of_what_it_may_have_is_told_to_close_what_it_has_used() -> None:
+    """Closed by the server, an idle connection may take a request along that is under way."""
+    async with running(proxies=ProxyPlaces(9, Turns())) as server, AsyncExitStack() as stack:
+        kept = [await answered(await stack.enter_async_context(connect(server))) for _ in range(3)]
+        async with connect(server):
+            await until(lambda: len(connections()) == 4)
+            kept[0].send(GET)
+            assert b"connection: close" in (await kept[0].closed()).lower()
+            for client in kept[1:]:
+                await answered(await answered(client))
 
 
 async def test_a_connection_is_not_closed_before_its_answer() -> None:
@@ -85,19 +97,27 @@ async def test_a_connection_is_not_closed_before_its_answer() -> None:
 
 
 async def test_an_address_without_connections_takes_the_place_of_an_idle_one() -> None:
-    async with running(proxies=ProxyPlaces(2, Turns())) as server, AsyncExitStack() as stack:
-        longest, later = [
-            await answered(await stack.enter_async_context(connect(server, address)))
-            for address in ("127.0.0.2", "127.0.0.3")
+    app = App()
+    async with running(app, ProxyPlaces(6, Turns())) as server, AsyncExitStack() as stack:
+        longest, *later = [
+            await answered(await stack.enter_async_context(connect(server, f"127.0.0.{number}")))
+            for number in range(2, 6)
+        ]
+        at_work = [
+            await under_way(await stack.enter_async_context(connect(server, f"127.0.1.{number}")), app, number)
+            for number in range(1, 3)
         ]
         await answered(await stack.enter_async_context(connect(server)))
         assert await longest.closed() == b""
-        await answered(later)
+        for client in later:
+            await answered(client)
+        app.slow_may_end.set()
+        assert [await each.status() for each in at_work] == [200] * 2
 
 
 async def test_a_connection_that_was_not_used_is_kept_as_an_idle_one_is() -> None:
     bounds = replace(DEFAULT_BOUNDS, request=0.05)
-    async with running(proxies=ProxyPlaces(2, Turns()), bounds=bounds) as server, connect(server) as client:
+    async with running(proxies=ProxyPlaces(4, Turns()), bounds=bounds) as server, connect(server) as client:
         await until(lambda: len(connections()) == 1)
         (connection,) = connections()
         await asyncio.sleep(2 * bounds.request)
@@ -146,41 +166,40 @@ async def test_more_requests_than_are_at_work_at_once_are_all_answered() -> None
 
 async def test_while_its_address_waits_for_a_turn_requests_are_kept_and_no_connection_counts_as_idle() -> None:
     turns = slow_turns()
-    proxies = ProxyPlaces(4, turns)
+    proxies = ProxyPlaces(9, turns)
     async with running(proxies=proxies) as server, AsyncExitStack() as stack:
-        idle = [await answered(await stack.enter_async_context(connect(server))) for _ in range(2)]
+        clients = [await answered(await stack.enter_async_context(connect(server))) for _ in range(3)]
         queue = connections()[0].budget.call_queue
         is_over = asyncio.Event()
         hold(turns, queue, is_over)
-        for client in idle:
+        clients += [await stack.enter_async_context(connect(server)) for _ in range(2)]
+        for client in clients:
             client.send(GET[:10])
-        async with connect(server) as new:
-            new.send(GET[:10])
-            async with connect(server) as one_more:
-                assert await one_more.closed() == b""
-            is_over.set()
-            for client in (*idle, new):
-                client.send(GET[10:])
-                assert await client.status() == 200
+        async with connect(server) as one_more:
+            assert await one_more.closed() == b""
+        is_over.set()
+        for client in clients:
+            client.send(GET[10:])
+            assert await client.status() == 200
 
 
 async def test_a_connection_whose_answer_ends_while_its_address_waits_for_a_turn_does_not_count_as_idle() -> None:
     app, turns = App(), slow_turns()
-    async with running(app, ProxyPlaces(4, turns)) as server, AsyncExitStack() as stack:
+    async with running(app, ProxyPlaces(9, turns)) as server, AsyncExitStack() as stack:
         at_work = [
-            await under_way(await stack.enter_async_context(connect(server)), app, number) for number in range(1, 3)
+            await under_way(await stack.enter_async_context(connect(server)), app, number) for number in range(1, 4)
         ]
         is_over = asyncio.Event()
         hold(turns, connections()[0].budget.call_queue, is_over)
         app.slow_may_end.set()
-        assert [await client.status() for client in at_work] == [200] * 2
-        async with connect(server) as new:
-            new.send(GET[:10])
-            async with connect(server) as one_more:
-                assert await one_more.closed() == b""
-            is_over.set()
-            for client in at_work:
-                await answered(client)
+        assert [await client.status() for client in at_work] == [200] * 3
+        for _ in range(2):
+            (await stack.enter_async_context(connect(server))).send(GET[:10])
+        async with connect(server) as one_more:
+            assert await one_more.closed() == b""
+        is_over.set()
+        for client in at_work:
+            await answered(client)
 
 
 async def test_who_lets_too_much_wait_for_its_turn_is_disconnected() -> None:
