@@ -157,7 +157,8 @@ class Connection:
         self._has_sent_final_goaway = False
         self._untaken = 0
         """The bytes of answers that wait for the client's window, counted in the budget."""
-        self._amid_headers_since_s = now_s
+        self._amid_headers_of, self._amid_headers_since_s = 0, now_s
+        """The stream whose headers were not complete at the last check, and since when."""
         self._unhandled = 0
         """The memory of bytes that were read and not yet passed to `receive`, counted in the budget."""
         self._amid_headers = 0
@@ -620,8 +621,10 @@ class Connection:
 
     def _check_headers(self, now_s: float) -> None:
         """Disconnect a client whose headers stop in the middle: nothing else can come before the rest of them."""
-        if not self._session.is_amid_headers:
-            self._amid_headers_since_s = now_s
+        stream_id = self._session.amid_headers_of
+        # A busy client may be in the middle of some at each check, and each time of others.
+        if not stream_id or stream_id != self._amid_headers_of:
+            self._amid_headers_of, self._amid_headers_since_s = stream_id, now_s
         elif now_s - self._amid_headers_since_s >= self._bounds.body_idle:
             self.terminate(PROTOCOL_ERROR, "stalled")
 

@@ -110,8 +110,8 @@ class Session:
         """Streams that are open though their answers are complete: the client has not taken them yet."""
 
     @property
-    def is_amid_headers(self) -> bool:
-        """True while the headers of a request have begun and are not complete."""
+    def amid_headers_of(self) -> int:
+        """The stream of the request whose headers have begun and are not complete; 0 when there is none."""
 
     @property
     def amid_header_bytes(self) -> int:

@@ -329,8 +329,8 @@ cdef class Session:
             nghttp2_session_del(self._session)
 
     @property
-    def is_amid_headers(self):
-        return self._amid_headers is not None
+    def amid_headers_of(self):
+        return 0 if self._amid_headers is None else self._amid_headers.stream_id
 
     @property
     def amid_header_bytes(self):

@@ -135,7 +135,7 @@ class Session:
         self.ponged = b""
         self.sent_goaway_code = 0
         self.is_over = False
-        self.is_amid_headers = False
+        self.amid_headers_of = 0
         self.amid_header_bytes = 0
         self.has_more = False
         self.finished = 0

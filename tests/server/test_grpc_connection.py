@@ -604,9 +604,9 @@ def test_a_client_whose_headers_stop_in_the_middle_is_disconnected() -> None:
     pair.check(1.0)
     pair.server.receive(raw_frame(HEADERS_FRAME, 3, pair.client.encoder.encode(HEADERS)))
     pair.check(2.0)
-    pair.check(10.0)
-    assert not pair.server.closed
     pair.check(11.0)
+    assert not pair.server.closed
+    pair.check(12.0)
     assert pair.server.closed
     assert pair.counts.closed_connections["stalled"] == 1
 
@@ -871,9 +871,24 @@ def test_a_client_whose_headers_stop_is_disconnected_though_another_call_ends_me
     [call] = pair.server.receive(sent + without_end(pair.client.data_to_send()))
     pair.server.answer(call, b"")
     pair.check(1.0)
-    pair.check(9.0)
-    assert not pair.server.closed
     pair.check(10.0)
+    assert not pair.server.closed
+    pair.check(11.0)
+    assert pair.counts.closed_connections["stalled"] == 1
+
+
+@pytest.mark.native
+def test_a_busy_client_may_be_amid_headers_at_each_check() -> None:
+    pair = Pair(bounds={"body_idle": 10})
+    rest = b""
+    for second in range(30):
+        pair.open()
+        begun = without_end(pair.client.data_to_send())
+        pair.send_raw(rest + begun)
+        rest = raw_frame(CONTINUATION, 2 * second + 1, flags=END_HEADERS)
+        pair.check(float(second))
+        assert not pair.server.closed
+    pair.check(39.0)
     assert pair.counts.closed_connections["stalled"] == 1
 
 
