@@ -2,11 +2,10 @@
 
 A proxy has one connection for each request under way, and denies the request, or lets it pass, when it is closed. So,
 unlike the console's, one is closed for another only while it is idle. An address may have as many as are free
-(`ConnectionLimiter`); beyond that its own longest idle one is closed, or else the new one. An address without any may
-take the place of the longest idle one of others. Even that may cost a request, which the proxy is about to send on it.
-So an address with half of what it may have is told with each answer to close that connection itself, and idle ones
-never take up all of its places. A new connection is idle, too: an Envoy whose client has gone keeps the one that it
-opened for it, and sends the next request on it whenever that comes.
+(`ConnectionLimiter`); beyond that the longest idle ones of all are closed, or else the new one. Even that may cost a
+request, which the proxy is about to send on it. So an address with half of what it may have is told with each answer to
+close that connection itself, and idle ones never take up all of its places. A new connection is idle, too: an Envoy
+whose client has gone keeps the one that it opened for it, and sends the next request on it whenever that comes.
 
 Thousands of them may be read at the same moment. As in the gRPC front end, an address that sends more than is handled
 at once waits for its turns (`server.turns`), and so does the end of a connection.
@@ -36,6 +35,10 @@ MAX_UNREAD_BYTES: Final = 64 * 1_024 * 1_024
 """16 KiB, the longest head, for each connection."""
 
 
+MAKE_ROOM: Final = 2
+"""So many idle connections are closed for a new one: what is free, and what its address has, may each be one short."""
+
+
 class ProxyPlaces:
     """The places of the connections of one server, and their turns.
 
@@ -54,17 +57,15 @@ class ProxyPlaces:
         self._limiter = ConnectionLimiter(most, unread_bytes)
         self._idle: dict[ProxyConnection, None] = {}
         """The longest idle one first."""
-        self._idle_of: dict[str, dict[ProxyConnection, None]] = {}
 
     def enter(self, address: str) -> AddressBudget | None:
         """Take a place for a new connection of this address, to be given to `leave` later. Returns None if there is
         none: close it.
         """
         budget = self._limiter.enter(address)
-        if budget is None:
-            idle = self._idle_of.get(address) or (None if self._limiter.has(address) else self._idle)
-            if idle:
-                next(iter(idle)).abort()
+        for _ in range(MAKE_ROOM):
+            if budget is None and self._idle:
+                next(iter(self._idle)).abort()
                 budget = self._limiter.enter(address)
         self.refused += budget is None
         return budget
@@ -82,16 +83,10 @@ class ProxyPlaces:
         """Note whether it may be closed for another one."""
         if is_idle is (connection in self._idle):
             return
-        address = connection.budget.address
         if is_idle:
             self._idle[connection] = None
-            self._idle_of.setdefault(address, {})[connection] = None
         else:
             del self._idle[connection]
-            of_address = self._idle_of[address]
-            del of_address[connection]
-            if not of_address:
-                del self._idle_of[address]
 
 
 class ProxyConnection(BoundedConnection):

@@ -102,10 +102,6 @@ class ConnectionLimiter:
         budget.connections += 1
         return budget
 
-    def has(self, address: str) -> bool:
-        """Whether this address has a connection."""
-        return address in self._addresses
-
     def is_crowded(self, budget: AddressBudget) -> bool:
         """Whether this address has more than half as many connections as there are free ones; it may have as many."""
         return 2 * budget.connections > self._limit - self._taken

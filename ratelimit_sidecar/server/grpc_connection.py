@@ -157,8 +157,8 @@ class Connection:
         self._has_sent_final_goaway = False
         self._untaken = 0
         """The bytes of answers that wait for the client's window, counted in the budget."""
+        # The stream whose headers were not complete at the last check, and since when.
         self._amid_headers_of, self._amid_headers_since_s = 0, now_s
-        """The stream whose headers were not complete at the last check, and since when."""
         self._unhandled = 0
         """The memory of bytes that were read and not yet passed to `receive`, counted in the budget."""
         self._amid_headers = 0

@@ -52,20 +52,35 @@ def hold(turns: Turns, queue: StepQueue, is_over: asyncio.Event) -> None:
     turns.join(queue, step)
 
 
-async def test_the_longest_idle_connection_of_its_address_makes_room_for_a_new_one() -> None:
+async def test_the_longest_idle_connections_make_room_for_a_new_one() -> None:
     app = App()
     async with running(app, ProxyPlaces(12, Turns())) as server, AsyncExitStack() as stack:
-        others = await answered(await stack.enter_async_context(connect(server, OTHER)))
-        longest, later = [await answered(await stack.enter_async_context(connect(server))) for _ in range(2)]
+        longest = await answered(await stack.enter_async_context(connect(server, OTHER)))
+        later, last = [await answered(await stack.enter_async_context(connect(server))) for _ in range(2)]
         at_work = [
             await under_way(await stack.enter_async_context(connect(server)), app, number) for number in range(1, 5)
         ]
-        await answered(await stack.enter_async_context(connect(server)))
+        await under_way(await stack.enter_async_context(connect(server)), app, 5)
         assert await longest.closed() == b""
-        await answered(later)
-        await answered(others)
+        await under_way(await stack.enter_async_context(connect(server)), app, 6)
+        assert await later.closed() == b""
+        await answered(last)
         app.slow_may_end.set()
         assert [await each.status() for each in at_work] == [200] * 4
+
+
+async def test_an_address_that_has_too_many_for_what_others_left_has_two_idle_ones_closed() -> None:
+    app, places = App(), ProxyPlaces(11, Turns())
+    async with running(app, places) as server, AsyncExitStack() as stack:
+        idle = [await answered(await stack.enter_async_context(connect(server, f"127.0.0.{n}"))) for n in (2, 3, 4)]
+        for number in range(1, 5):
+            await under_way(await stack.enter_async_context(connect(server)), app, number)
+        async with connect(server, OTHER), connect(server, OTHER):
+            await until(lambda: len(connections()) == 9)
+            await under_way(await stack.enter_async_context(connect(server)), app, 5)
+            assert [await client.closed() for client in idle[:2]] == [b"", b""]
+        assert places.refused == 0
+        app.slow_may_end.set()
 
 
 async def test_an_address_with_half_of_what_it_may_have_is_told_to_close_what_it_has_used() -> None:
