@@ -31,6 +31,9 @@ PIECE_BYTES = 4_096
 accepted, and one of 128 KiB holds up the event loop for 50 ms.
 """
 
+MAX_HEAD_BYTES = 16_384
+"""The longest incomplete head of a request."""
+
 MAX_HEAD_LINES = 512
 """The most headers of a request. Each costs some microseconds; Envoy sends at most 100 by default."""
 

@@ -18,12 +18,13 @@ import time
 from functools import partial
 from typing import Final
 
+import h11
 from uvicorn import Config
 from uvicorn.protocols.http.flow_control import CLOSE_HEADER
 from uvicorn.server import ServerState
 
 from ratelimit_sidecar.console.bounds import HttpBounds
-from ratelimit_sidecar.console.connection import PIECE_BYTES, BoundedConnection
+from ratelimit_sidecar.console.connection import MAX_HEAD_BYTES, PIECE_BYTES, BoundedConnection
 from ratelimit_sidecar.server.budget import AddressBudget, ConnectionLimiter
 from ratelimit_sidecar.server.grpc_protocol import LARGE_READ_NS, READ_NS
 from ratelimit_sidecar.server.turns import StepQueue, Turns
@@ -31,8 +32,11 @@ from ratelimit_sidecar.server.turns import StepQueue, Turns
 MAX_CONNECTIONS: Final = 4_096
 """As many as of gRPC. By its default circuit breaker an Envoy opens 1,024."""
 
-MAX_UNREAD_BYTES: Final = 64 * 1_024 * 1_024
-"""16 KiB, the longest head, for each connection."""
+KEPT_HEAD_BYTES: Final = MAX_HEAD_BYTES + PIECE_BYTES
+"""So much is kept of a head that is not complete: a piece more than is accepted."""
+
+MAX_UNREAD_BYTES: Final = 128 * 1_024 * 1_024
+"""An address may hold a third of it: a head for each of its connections."""
 
 
 MAKE_ROOM: Final = 2
@@ -150,6 +154,11 @@ class ProxyConnection(BoundedConnection):
     def _keep(self, data: bytes) -> None:
         if self._has_left:
             return
+        if self.conn.their_state is h11.IDLE:
+            head = b"".join((self.conn.trailing_data[0], self._unread, data))
+            if len(head) > KEPT_HEAD_BYTES and b"\r\n\r\n" not in head:
+                # No more of it is needed to refuse it.
+                data = data[: max(0, len(data) - (len(head) - KEPT_HEAD_BYTES))]
         if not self.budget.allows(len(self._unread) + len(data), len(data)):
             self.abort()
             return

@@ -17,14 +17,11 @@ from starlette.types import ASGIApp
 from uvicorn import Config, Server
 
 from ratelimit_sidecar.console.bounds import DEFAULT_BOUNDS, HttpBounds
-from ratelimit_sidecar.console.connection import BoundedConnection, ConsoleConnection
+from ratelimit_sidecar.console.connection import MAX_HEAD_BYTES, BoundedConnection, ConsoleConnection
 from ratelimit_sidecar.console.proxies import ProxyConnection, ProxyPlaces
 from ratelimit_sidecar.console.requests import BoundedRequests
 from ratelimit_sidecar.server.accepting import connections_of
 from ratelimit_sidecar.server.listeners import Listener, listen
-
-MAX_HEAD_BYTES = 16_384
-"""The longest incomplete head of a request."""
 
 DRAINED_AT_ONCE = 32
 """The connections that are told of a stop in one turn of the loop."""

@@ -13,7 +13,7 @@ from console.running_console import GET, App, Client, connect, running, until
 from freed import frees_itself
 
 from ratelimit_sidecar.console.bounds import DEFAULT_BOUNDS
-from ratelimit_sidecar.console.proxies import ProxyConnection, ProxyPlaces
+from ratelimit_sidecar.console.proxies import KEPT_HEAD_BYTES, ProxyConnection, ProxyPlaces
 from ratelimit_sidecar.server.turns import StepQueue, Turns
 
 GET_SLOW = GET.replace(b"/ ", b"/slow ", 1)
@@ -232,6 +232,25 @@ async def test_who_lets_too_much_wait_for_its_turn_is_disconnected() -> None:
         is_over.set()
         await client.closed()
         await answered(other)
+
+
+async def test_of_heads_that_are_too_long_little_is_kept_and_each_is_refused() -> None:
+    """All that had come of each was more than an address may let wait: they were disconnected, and proxies let pass."""
+    places = ProxyPlaces(64, slow_turns(), unread_bytes=64 * KEPT_HEAD_BYTES)
+    async with running(proxies=places) as server, AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(connect(server)) for _ in range(20)]
+        for client in clients:
+            client.send(GET[:-2] + b"x-long: " + b"x" * 100_000)
+        for client in clients:
+            assert (await client.closed()).startswith(b"HTTP/1.1 400 ")
+
+
+async def test_bodies_that_wait_are_kept_whole() -> None:
+    async with running(proxies=ProxyPlaces(64, slow_turns())) as server, AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(connect(server)) for _ in range(5)]
+        for client in clients:
+            client.send(POST + bytes(200_000))
+        assert [await client.status() for client in clients] == [200] * 5
 
 
 async def test_a_body_is_read_and_dropped() -> None:

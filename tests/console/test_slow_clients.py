@@ -9,7 +9,8 @@ import pytest
 from console.running_console import GET, LARGE_BYTES, App, connect, get, running, until
 
 from ratelimit_sidecar.console.bounds import DEFAULT_BOUNDS, HttpBounds
-from ratelimit_sidecar.console.server import MAX_HEAD_BYTES, HttpServer
+from ratelimit_sidecar.console.connection import MAX_HEAD_BYTES
+from ratelimit_sidecar.console.server import HttpServer
 
 HALF_A_HEAD = GET[:-5]
 HALF_A_BODY = b"POST / HTTP/1.1\r\nhost: console\r\ncontent-length: 10\r\n\r\nhalf"
