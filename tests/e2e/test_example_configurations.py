@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,29 @@ def test_a_connection_to_a_sidecar_whose_node_vanished_is_ended_soon(name: str) 
                 assert http2["connection_keepalive"] == {"interval": "5s", "timeout": "5s"}
                 found += 1
     assert found or name in ("filters/envoy-ext-authz-http.yaml", "../deploy/istio/workload.yaml")
+
+
+def retry_policies(config: Any) -> Iterator[Any]:
+    """Of services that are asked, wherever they are."""
+    for value in config.values() if isinstance(config, dict) else config if isinstance(config, list) else ():
+        yield from retry_policies(value)
+    if isinstance(config, dict) and "retry_back_off" in config:
+        yield config
+
+
+@pytest.mark.parametrize("name", ASKS_THE_SIDECAR)
+def test_a_try_has_as_much_time_as_the_call(name: str) -> None:
+    """Envoy takes the longest back-off as the time for one try."""
+    config = envoy_config(name)
+    policies = list(retry_policies(config))
+    assert {policy["retry_back_off"]["max_interval"] for policy in policies} <= {"5s"}
+    if policies:
+        (retries,) = {
+            cluster["circuit_breakers"]["thresholds"][0].get("max_retries")
+            for cluster in config["static_resources"]["clusters"]
+            if "sidecar" in cluster["name"]
+        }
+        assert retries == 100_000
 
 
 @pytest.mark.parametrize("name", [*ASKS_THE_SIDECAR, "quotas/envoy.yaml"])
