@@ -211,7 +211,8 @@ class Dialler:
             self._note_unreached(target, f"{error.code().name}: {error.details()}")
         except UntrustedError as error:
             has_failed = True
-            self._note_unreached(target, str(error))
+            # It may trust this node in a moment, as when a certificate begins, or an authority was renewed.
+            self._note_unreached(target, str(error), has_failed=False)
         except OSError as error:
             self._note_unreached(target, f"UNAVAILABLE: {error.strerror or error}")
         except Exception:

@@ -12,8 +12,18 @@ from pathlib import Path
 import grpc
 import grpc.aio
 import pytest
-from certificates import Authority
-from replication.meshes import TIMEOUT_SECONDS, Sidecar, address_of, events, free_addresses, sidecar, soon, told
+from certificates import Authority, config_in
+from replication.meshes import (
+    TIMEOUT_SECONDS,
+    Sidecar,
+    address_of,
+    at_once,
+    events,
+    free_addresses,
+    sidecar,
+    soon,
+    told,
+)
 from structlog.testing import capture_logs
 
 from ratelimit_sidecar.config import tls_files
@@ -259,6 +269,24 @@ async def test_a_dialling_node_shows_its_renewed_certificate_at_the_next_dial(tm
         after.write(tmp_path / "b", "b")
         async with sidecar("a", incarnation=2, listen=address, certificate=after.of(tmp_path / "a", "a")):
             await b.connected_to("a")
+
+
+async def test_who_is_not_trusted_yet_waits_for_its_peers_all_the_same(tmp_path: Path) -> None:
+    authority = Authority()
+    async with sidecar("b", certificate=authority.of(tmp_path / "b", "b")) as b:
+        b.take("ann", 5)
+        Authority().write(tmp_path / "a", "a")
+        (tmp_path / "a" / "ca.crt").write_bytes((tmp_path / "b" / "ca.crt").read_bytes())
+        untrusted = NodeCertificate(config_in(tmp_path / "a"))
+        async with sidecar("a", listen=None, peers=[address_of(b)], certificate=untrusted, redial=at_once) as a:
+            joining = asyncio.create_task(a.mesh.wait_joined(TIMEOUT_SECONDS))
+            assert (
+                await last_error_of(a) == "it hung up after the TLS handshake: does it trust this node's certificate?"
+            )
+            assert not joining.done()
+            authority.write(tmp_path / "a", "a")
+            assert await joining
+            assert a.mesh.status()[0].node == "b"
 
 
 def without_the_end(path: Path) -> None:
