@@ -61,6 +61,9 @@ from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES
 from ratelimit_sidecar.replication.parts import in_lists
 from ratelimit_sidecar.telemetry.traces import NoTracer, RequestTracer
 
+START_WAIT_SECONDS: Final = 1.0
+"""The longest wait before the next attempt while a start waits for what is there."""
+
 LOAD_SECONDS: Final = 10.0
 """The time for reading at the start before the sidecar is ready; the rest of a large store is read after that."""
 
@@ -203,8 +206,8 @@ class RedisState:
         self._have_rules_changed = True
 
     async def load(self, timeout_seconds: float = LOAD_SECONDS) -> None:
-        """Read what is there; returns when it is read, at the first failure, or when the time is over."""
-        self._loading = asyncio.create_task(self._attempt())
+        """Read what is there; returns when it is read, or when the time is over."""
+        self._loading = asyncio.create_task(self._attempt_for(timeout_seconds))
         await asyncio.wait([self._loading], timeout=timeout_seconds)
 
     async def run(self) -> None:
@@ -230,6 +233,14 @@ class RedisState:
         if self._loading is not None:
             self._loading.cancel()
         await self._disconnect()
+
+    async def _attempt_for(self, seconds: float) -> None:
+        """Begin attempts for so long, until all is read. A server that starts along with this node is there soon."""
+        until = time.monotonic() + seconds
+        await self._attempt()
+        while not self._is_loaded and time.monotonic() < until:
+            await asyncio.sleep(min(self._back_off.next(), START_WAIT_SECONDS))
+            await self._attempt()
 
     async def _attempt(self, *, is_last: bool = False) -> None:
         """One round: all that is waiting, and some of what is written again. What goes wrong is logged when it is

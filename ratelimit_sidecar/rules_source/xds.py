@@ -220,21 +220,33 @@ class XdsClient:
             ConfigError: nothing of it can be used.
         """
         received = resources_of(response)
-        former = self._in_force
-        kept = {name: former[name] for name in former.keys() - received.keys()} if keeps_missing else {}
+        missing = self._in_force.keys() - received.keys() if keeps_missing else set()
+        kept = {name: self._in_force[name] for name in missing}
+        # What is kept may contradict what is new: the same rules have another name.
+        domains = {each.domain for each in received.values()}
+        of_others = {name: each for name, each in kept.items() if each.domain not in domains}
+        for each in (kept, of_others):
+            if each:
+                with suppress(ConfigError):
+                    return self._read_resources(received, each)
+        return self._read_resources(received, {})
+
+    def _read_resources(self, received: Mapping[str, RateLimitConfig], kept: Mapping[str, RateLimitConfig]) -> _Read:
+        """Read these together, and in place of those that cannot be used those in force.
+
+        Raises:
+            ConfigError: they cannot be used.
+        """
         resources = {**received, **kept}
         try:
             return _Read(self._rules_of(resources), resources, (), bool(kept))
         except ConfigError as error:
             bad = {problem.file for problem in error.problems}
-            usable = {name: former.get(name) if name in bad else each for name, each in resources.items()}
+            usable = {name: self._in_force.get(name) if name in bad else each for name, each in resources.items()}
             resources = {name: each for name, each in usable.items() if each is not None}
             if bad <= usable.keys() and resources:
                 with suppress(ConfigError):
                     return _Read(self._rules_of(resources), resources, error.problems, bool(kept))
-            if kept:
-                # What is kept contradicts what is new: the same rules have another name.
-                return self._read_response(response, keeps_missing=False)
             raise
 
     def _rules_of(self, resources: Mapping[str, RateLimitConfig]) -> Rules:

@@ -72,7 +72,8 @@ async def test_over_tls_with_certificates_of_both(tmp_path: Path) -> None:
         url = f"rediss://{HOST}:{port}"
         await keeps(server, url=url, tls=files)
         distrustful = state_in(server, make_store(BEFORE), url=url, tls={**files, "ca": str(tmp_path / "stranger.pem")})
-        await distrustful.load()
+        await distrustful.load(0)
+        await until(lambda: distrustful.status.failed == 1)
         await distrustful.close()
         assert distrustful.status.degraded_reason == "it cannot be reached"
 

@@ -28,7 +28,7 @@ from ratelimit_sidecar.limiter.rules import Rules
 from ratelimit_sidecar.persistence.redis_calls import BackOff
 from ratelimit_sidecar.persistence.redis_client import Connector, keys
 from ratelimit_sidecar.persistence.redis_record import Keys
-from ratelimit_sidecar.persistence.redis_store import RedisState
+from ratelimit_sidecar.persistence.redis_store import LOAD_SECONDS, RedisState
 from ratelimit_sidecar.persistence.write_queue import MAX_WAITING
 from ratelimit_sidecar.telemetry.traces import WRITE_SPAN, RequestTracer
 
@@ -64,9 +64,9 @@ def state_in(
 
 
 @asynccontextmanager
-async def kept(state: RedisState) -> AsyncIterator[None]:
+async def kept(state: RedisState, load_seconds: float = LOAD_SECONDS) -> AsyncIterator[None]:
     """While it runs."""
-    await state.load()
+    await state.load(load_seconds)
     running = asyncio.create_task(state.run())
     try:
         yield
@@ -255,6 +255,23 @@ async def test_records_that_are_none_are_told_of_and_hold_up_no_other(server: Re
     assert [bucket.remaining for bucket in late] == [97]
 
 
+async def test_a_start_waits_for_a_server_that_is_there_a_moment_later(server: RedisServer) -> None:
+    await write_a_hit(server)
+    client = server.client()
+    await client.save()
+    await client.aclose()
+    await server.kill()
+    store = make_store(AFTER)
+    state = state_in(server, store)
+    loading = asyncio.create_task(state.load())
+    await until(lambda: state.status.failed > 1)
+    assert not loading.done()
+    await server.start()
+    await loading
+    assert [bucket.remaining for bucket in store] == [97]
+    await state.close()
+
+
 async def another_round(state: RedisState) -> None:
     """Wait until it has written, and read what it had to read."""
     for _ in range(2):
@@ -359,7 +376,7 @@ async def test_an_unknown_format_is_neither_read_nor_overwritten(server: RedisSe
         await client.set("ratelimit:format", "7 of the future")
         store = make_store(BEFORE)
         state = state_in(server, store)
-        async with kept(state):
+        async with kept(state, load_seconds=0.1):
             hit(state, store)
             await until(lambda: state.status.failed >= 3)
             assert state.status.degraded_reason == "its keys are of format '7'; this version reads and writes 1"
@@ -507,7 +524,7 @@ async def test_a_wrong_password_is_told_of_and_a_right_one_found(server: RedisSe
     store = make_store(BEFORE)
     url = server.url.replace("unix://", "unix://ada@")
     state = state_in(server, store, url=url, password_file=file)
-    async with kept(state):
+    async with kept(state, load_seconds=0.1):
         hit(state, store)
         await until(lambda: state.status.failed >= 2)
         assert state.status.degraded_reason == "it refuses user or password"
@@ -547,7 +564,8 @@ async def test_a_cancellation_ends_it_at_whatever_step_it_comes(server: RedisSer
 async def test_a_password_that_cannot_be_read_is_told_of(server: RedisServer, tmp_path: Path) -> None:
     store = make_store(BEFORE)
     state = state_in(server, store, password_file=tmp_path / "nowhere")
-    await state.load()
+    await state.load(0)
+    await until(lambda: state.status.failed == 1)
     assert state.status.degraded_reason == "the file of its password cannot be read: No such file or directory"
     await state.close()
 
@@ -610,7 +628,8 @@ async def test_a_start_without_the_server_goes_on_and_reads_later(server: RedisS
     after = make_store(AFTER)
     late = state_in(server, after)
     with server.hanging():
-        await asyncio.wait_for(late.load(), WITHIN_S)
+        await asyncio.wait_for(late.load(0), WITHIN_S)
+        await until(lambda: late.status.failed == 1)
         assert late.status.degraded_reason == "it does not answer in time"
         assert len(after) == 0
     async with kept(late):

@@ -187,6 +187,17 @@ async def test_of_a_resource_with_another_name_after_a_restart_the_former_one_go
             assert recorder.reloader.loaded.rules == 2
 
 
+async def test_a_resource_with_another_name_takes_away_none_of_other_domains(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SETTLED_SECONDS", 3_600)
+    async with left_by_its_server(config("shop", "user"), config("bank", "user")) as (recorder, address):
+        renamed = config("shop", "user")
+        renamed.name = "another"
+        restarted = XdsServer()
+        restarted.publish("1", renamed)
+        async with serving(restarted, address):
+            assert await recorder.next_load() == ["bank", "shop"]
+
+
 async def test_a_server_that_sends_what_was_refused_again_at_once_is_answered_ever_more_slowly() -> None:
     """go-control-plane does, for a version that was not accepted."""
     server = XdsServer()
