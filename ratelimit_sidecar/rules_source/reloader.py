@@ -25,6 +25,9 @@ from ratelimit_sidecar.threads import in_daemon_thread
 MAX_PROBLEMS_LOGGED = 20
 """The most problems logged for one attempt; a file that is no YAML has thousands."""
 
+MAX_DOMAINS_LOGGED = 20
+"""The most domains logged that have no rules any more."""
+
 _Result = TypeVar("_Result")
 
 _log = structlog.stdlib.get_logger(__name__)
@@ -118,6 +121,10 @@ class Reloader:
             self._note_success(version, count)
             _log.info("rules_loaded", source=self.source, version=version, rules=count)
             if retired is not None:
+                gone = set() if retired.rules is None else retired.rules.domains.keys() - rules.domains.keys()
+                if gone:
+                    # It may have moved to another file, which comes later.
+                    _log.warning("domains_gone", domains=sorted(gone)[:MAX_DOMAINS_LOGGED], count=len(gone))
                 await asyncio.to_thread(_give_back, retired)
         return self.rejected
 

@@ -201,6 +201,15 @@ async def test_what_old_rules_leave_behind_is_given_back_one_by_one_and_not_by_t
     assert (retired.plans, retired.compiled, retired.rules) == ({}, {}, None)
 
 
+async def test_domains_that_have_no_rules_any_more_are_told() -> None:
+    """Rules that move to another file limit nothing in between."""
+    retired = Retired(rules_of("old", "older", "kept"), {}, {}, {})
+    with capture_logs() as logs:
+        await Reloader(lambda _: retired, lambda: NOW_US, "files", None).load(lambda: rules_of("new", "kept"))
+    [gone] = [log for log in logs if log["event"] == "domains_gone"]
+    assert (gone["domains"], gone["count"], gone["log_level"]) == (["old", "older"], 2, "warning")
+
+
 async def test_old_rules_are_taken_to_pieces_before_they_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     names = []
 
