@@ -184,7 +184,7 @@ class Sidecar:
         mesh_bounds = replace(MESH_BOUNDS, connections=file_limits.mesh)
         self._tracing = start_tracing(config.node.id, config.node.region)
         self._memory_bytes = memory_limit_bytes()
-        most = max_buckets(config, self._memory_bytes)
+        most = max_buckets(config, rules, self._memory_bytes)
         self.limiter = _make_limiter(config, rules, self.clock.now_us(), most)
         self._fullest = FullestBuckets(self.limiter.store)
         self.reloader = Reloader(
@@ -687,7 +687,7 @@ class Sidecar:
             rules=len(list(rules)),
             max_buckets=self.limiter.store.places.max_buckets,
         )
-        needed_bytes = self.limiter.store.places.max_buckets * bytes_a_bucket(self._config)
+        needed_bytes = self.limiter.store.places.max_buckets * bytes_a_bucket(self._config, rules)
         if needed_bytes > self._memory_bytes:
             _log.warning(
                 "memory_may_run_out",

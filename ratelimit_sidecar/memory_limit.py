@@ -7,12 +7,14 @@ the store. So the number of buckets follows from the memory, unless it is config
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
 from ratelimit_sidecar.config.sidecar import SidecarConfig
+from ratelimit_sidecar.crdt.limit import Window, WindowLimit
 from ratelimit_sidecar.crdt.store import DEFAULT_MAX_BUCKETS
+from ratelimit_sidecar.limiter.rules import Rule
 
 MIN_BUCKETS: Final = 10_000
 
@@ -21,6 +23,7 @@ BUCKETS_SHARE: Final = 2
 
 # The most that one takes, in bytes (docs/sizing.md).
 _TOKEN_BUCKET: Final = 1_600
+_SLIDING_WINDOW: Final = 7_500
 _STRICT_BUCKET: Final = 1_400
 _STRICT_BUCKET_OF_MEMBER: Final = 200
 _GATEWAY_BUCKET: Final = 8_000
@@ -59,18 +62,25 @@ def _cgroup_limits(root: Path) -> Iterator[int]:
                 continue
 
 
-def bytes_a_bucket(config: SidecarConfig) -> int:
-    """The most that one of `max_buckets` takes, but for sliding windows."""
+def bytes_a_bucket(config: SidecarConfig, rules: Iterable[Rule]) -> int:
+    """The most that one of `max_buckets` takes; of a sliding window, where one other node takes from it, twice as much.
+
+    Args:
+        rules: that are known at the start.
+    """
     if config.fabric is not None:
         return _GATEWAY_BUCKET
+    limits = [rule.limit for rule in rules]
+    slides = any(isinstance(limit, WindowLimit) and limit.window is Window.SLIDING for limit in limits)
+    shared = _SLIDING_WINDOW if slides or config.algorithm == "sliding_window" else _TOKEN_BUCKET
     if config.membership is None:
-        return _TOKEN_BUCKET
-    return _TOKEN_BUCKET + _STRICT_BUCKET + _STRICT_BUCKET_OF_MEMBER * len(config.membership.weights)
+        return shared
+    return shared + _STRICT_BUCKET + _STRICT_BUCKET_OF_MEMBER * len(config.membership.weights)
 
 
-def max_buckets(config: SidecarConfig, limit_bytes: int) -> int:
+def max_buckets(config: SidecarConfig, rules: Iterable[Rule], limit_bytes: int) -> int:
     """As configured; else as many as have room."""
     if config.max_buckets is not None:
         return config.max_buckets
-    fitting = limit_bytes // BUCKETS_SHARE // bytes_a_bucket(config)
+    fitting = limit_bytes // BUCKETS_SHARE // bytes_a_bucket(config, rules)
     return max(MIN_BUCKETS, min(fitting, DEFAULT_MAX_BUCKETS))

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from ratelimit_sidecar.config.sidecar_schema import FabricConfig, SidecarConfig, SyncConfig
+from ratelimit_sidecar.crdt.limit import Window, WindowLimit
+from ratelimit_sidecar.limiter.rules import Rule
 from ratelimit_sidecar.memory_limit import bytes_a_bucket, max_buckets, memory_limit_bytes
 
 MIB = 1_024 * 1_024
@@ -54,13 +56,21 @@ FABRIC = SidecarConfig(fabric=FabricConfig(url="redis://redis.example"))
 @pytest.mark.parametrize("config", [EVENTUAL, STRICT, FABRIC], ids=["eventual", "strict", "fabric"])
 @pytest.mark.parametrize("limit", [128 * MIB, 512 * MIB, 1_024 * MIB])
 def test_buckets_have_room_in_half_of_the_memory(config: SidecarConfig, limit: int) -> None:
-    most = max_buckets(config, limit)
-    assert most == 10_000 or limit // 2 - bytes_a_bucket(config) < most * bytes_a_bucket(config) <= limit // 2
+    most, each = max_buckets(config, (), limit), bytes_a_bucket(config, ())
+    assert most == 10_000 or limit // 2 - each < most * each <= limit // 2
 
 
 def test_there_are_a_million_where_there_is_room() -> None:
-    assert max_buckets(EVENTUAL, 64 * 1_024 * MIB) == 1_000_000
+    assert max_buckets(EVENTUAL, (), 64 * 1_024 * MIB) == 1_000_000
+
+
+@pytest.mark.parametrize("window", Window)
+def test_with_a_sliding_window_there_are_fewer(window: Window) -> None:
+    rule = Rule("api.user", WindowLimit(10, 60_000_000, window))
+    most = max_buckets(EVENTUAL, [rule], 1_024 * MIB)
+    assert (most < max_buckets(EVENTUAL, (), 1_024 * MIB)) is (window is Window.SLIDING)
+    assert max_buckets(SidecarConfig(algorithm="sliding_window"), (), 1_024 * MIB) < 100_000
 
 
 def test_what_is_configured_counts() -> None:
-    assert max_buckets(SidecarConfig(max_buckets=2_000_000), 128 * MIB) == 2_000_000
+    assert max_buckets(SidecarConfig(max_buckets=2_000_000), (), 128 * MIB) == 2_000_000

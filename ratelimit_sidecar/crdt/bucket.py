@@ -526,8 +526,10 @@ class Bucket(ABC):
 
     @property
     def _is_restoring(self) -> bool:
-        """Whether what is joined was written down here, and so was checked before."""
-        return self.journal is not None and self.journal.is_restoring
+        """Whether what is joined was written down here, and so was checked before. A bucket that is not replicated has
+        no journal, and joins nothing else.
+        """
+        return self.journal is None or self.journal.is_restoring
 
     def _widest(self, own: int, of_peers: int) -> int:
         """The exponent of the widest slot to accept.

@@ -20,7 +20,6 @@ from redis import exceptions
 
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.granted import GrantLedger
-from ratelimit_sidecar.crdt.limit import AnyLimit
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.fabric.exchange import MAX_ANSWERED, RegionExchange
 from ratelimit_sidecar.fabric.redis_link import FAILURES, RedisLink
@@ -212,7 +211,7 @@ class Gateway:
             origin = member.origin
         places = self._store.places
         most = ROOM_OF_SIDECARS * places.max_buckets
-        store = Store(origin, self._limit_of_key, max_buckets=most, rule_key=places.rule_key)
+        store = Store(origin, self._store.limit_of_key, max_buckets=most, rule_key=places.rule_key)
         region = Region(self._region, store, self._keys)
         mesh = self._mesh_of(store, None if member is None else member.payments)
         mesh.subscribe_news(region.note_news)
@@ -238,10 +237,6 @@ class Gateway:
         with suppress(*FAILURES):
             await self._link.call(GIVE_UP, [([self._keys.shards[0].lease], [f"{self._id} {term.token}"])])
 
-    def _limit_of_key(self, key: bytes) -> AnyLimit | None:
-        # Other rules may have replaced it meanwhile.
-        return self._store.limit_of_key(key)
-
     async def _start(self, term: _Term) -> None:
         """Begin the mesh. The gateway knows all of its region by now, so other regions get no less than before."""
         try:
@@ -256,6 +251,8 @@ class Gateway:
 
     async def _tick(self, term: _Term) -> bool:
         """Returns whether there is more to be done at once."""
+        # Streams of peers keep the limits that they have read until it is another.
+        term.region.store.limit_of_key = self._store.limit_of_key
         if term.member is not None:
             await term.member.beat(self._link, term.token)
         return await self._exchange.run(term.region, term.mesh.tell if term.is_meshed else None, term.token)

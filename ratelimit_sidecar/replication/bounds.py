@@ -18,6 +18,8 @@ class MeshBounds:
         idle: an inbound connection without a stream is closed after this time: who dials opens one at once.
         connect: for a TCP or a TLS handshake over any distance, with one packet lost. A dial with TLS has two of each,
             and twice the time.
+        absent: a peer that could not be reached for so long since the first dial is not waited for at the start. A
+            single refusal may be that of a proxy or a network policy that is not ready yet.
         first_redial: waits between dials are random up to a bound that doubles from this ("full jitter") ...
         most_redial: ... to this.
         misconfigured_redial: the wait when an error at one of the ends needs people to fix it.
@@ -36,6 +38,7 @@ class MeshBounds:
     handshake: float = 5.0
     idle: float = 10.0
     connect: float = 2.0
+    absent: float = 2.0
     first_redial: float = 0.2
     most_redial: float = 1.0
     misconfigured_redial: float = 30.0

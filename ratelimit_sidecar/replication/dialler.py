@@ -109,7 +109,8 @@ class Dialler:
 
     def _has_joined(self, target: Target) -> bool:
         peer = self._replicator.peers.get(target.node)
-        return target.is_self or target.has_failed or (peer is not None and peer.reported.has_ended_snapshot)
+        has_told = peer is not None and peer.reported.has_ended_snapshot
+        return target.is_self or has_told or (target.has_failed and not target.is_joined)
 
     def refuse_redundant(self, target: Target, origin: Origin) -> None:
         """Refuse a second stream to one peer. Call it when a dialled peer has said who it is.
@@ -198,6 +199,8 @@ class Dialler:
                 async with asyncio.timeout(self._bounds.parked):
                     await self._progress.until(lambda: not self.targets.is_reached_otherwise(target))
         dialled_us = self._strict_us()
+        if target.first_dialled_us is None:
+            target.first_dialled_us = dialled_us
         target.is_misconfigured = target.is_mute = False
         has_failed = False
         try:
@@ -273,7 +276,9 @@ class Dialler:
     def _note_unreached(self, target: Target, why: str, *, is_told: bool = False, has_failed: bool = True) -> None:
         if why != target.last_error and not is_told:
             _log.warning("peer_unreachable", address=target.address, why=why)
-        target.has_failed |= has_failed
+        assert target.first_dialled_us is not None
+        is_absent = self._strict_us() - target.first_dialled_us >= self._bounds.absent * 1e6
+        target.has_failed |= has_failed and (is_absent or target.is_misconfigured)
         target.last_error = why
         peer = self._replicator.peers.get(target.node)
         if peer is not None:

@@ -34,7 +34,9 @@ class Target:
     """The node that it last led to; "" for none yet."""
     is_self: bool = False
     has_failed: bool = False
-    """True if a dial has shown that no peer can be reached there, or none that accepts the stream."""
+    """True if dials have shown that no peer can be reached there, or none that accepts the stream."""
+    first_dialled_us: int | None = None
+    """By the clock that never steps; None before."""
     last_error: str = ""
     failed_dials: int = 0
     """See `PeerStatus`."""

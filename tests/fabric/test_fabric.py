@@ -25,6 +25,7 @@ from ratelimit_sidecar.demo.ports import HOST
 from ratelimit_sidecar.fabric import sharing
 from ratelimit_sidecar.fabric.fabric import Fabric
 from ratelimit_sidecar.fabric.scripts import GATEWAY, LEASE, FabricKeys
+from ratelimit_sidecar.limiter.rules import Rules
 from ratelimit_sidecar.persistence.redis_calls import Connect
 from ratelimit_sidecar.persistence.redis_client import Connector
 from ratelimit_sidecar.replication.mesh import Mesh
@@ -311,6 +312,18 @@ async def until(holds: Callable[[], bool]) -> None:
     async with asyncio.timeout(WITHIN_S):
         while not holds():  # noqa: ASYNC110
             await asyncio.sleep(0.02)
+
+
+async def test_other_rules_are_those_of_the_region_too(server: RedisServer) -> None:
+    """Streams of peers keep limits until the store has another function for them (`replication.deltas`)."""
+    [port] = free_port_numbers(1)
+    gateway = Running("east-1", server, "east", sync=f"{HOST}:{port}", peers=[])
+    async with running(gateway):
+        await until(lambda: bool(gateway.regions))
+        other = Rules({}).replicated_limit_of_key
+        gateway.store.limit_of_key = other
+        gateway.fabric.use_rules()
+        await until(lambda: gateway.regions[-1].limit_of_key is other)
 
 
 @pytest.mark.slow

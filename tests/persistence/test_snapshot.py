@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from joined import join
 
-from ratelimit_sidecar.crdt.bucket import Entry, Origin
+from ratelimit_sidecar.crdt.bucket import NO_BASE, Entry, Origin
 from ratelimit_sidecar.crdt.limit import TokenBucketLimit, Window, WindowLimit
 from ratelimit_sidecar.crdt.slot import slot_id
 from ratelimit_sidecar.crdt.store import Store
@@ -117,6 +117,16 @@ def test_what_was_taken_under_a_former_limit_is_restored(
     changed = before.bucket(match.bucket_key, limit, now_us)
     read(written(before), after, now_us)
     assert after.bucket(match.bucket_key, limit, now_us).fold(now_us) == changed.fold(now_us)
+
+
+@pytest.mark.parametrize("replicated", [True, False])
+def test_wide_slots_are_restored_whether_a_bucket_is_shared_or_not(replicated: bool) -> None:
+    month, week = (WindowLimit(50, days * DAY_US, Window.SLIDING) for days in (30, 7))
+    store = Store(AFTER, lambda _key: week)
+    entries = [Entry(BEFORE, slot_id(NOW_US, month.exponent), 50)]
+    for _ in store.restore(b"k", week, NO_BASE, entries, NOW_US, replicated=replicated):
+        pass
+    assert [bucket.fold(NOW_US) for bucket in store] == [50]
 
 
 takes = st.lists(

@@ -48,6 +48,17 @@ async def test_what_was_saved_is_there_again(tmp_path: Path) -> None:
     assert (loaded.status.restored_buckets, loaded.status.last_us, loaded.status.degraded_reason) == (2, NOW_US, "")
 
 
+async def test_buckets_that_have_no_room_are_told_of(tmp_path: Path) -> None:
+    await snapshots_of(tmp_path / "state", store_with("a", "b", "c")).save()
+    smaller = Store(AFTER, RULES.replicated_limit_of_key, max_buckets=2)
+    with capture_logs() as logs:
+        await snapshots_of(tmp_path / "state", smaller).load()
+    assert [(log["event"], log["buckets"]) for log in logs if log["log_level"] == "warning"] == [
+        ("buckets_without_room", 1)
+    ]
+    assert len(smaller) == 2
+
+
 async def test_without_a_file_the_start_goes_on(tmp_path: Path) -> None:
     store = make_store(AFTER)
     await snapshots_of(tmp_path / "state", store).load()

@@ -384,6 +384,17 @@ async def test_a_name_that_cannot_be_resolved_at_first_is_waited_for(failures: i
         assert [status.node for status in a.mesh.status()] == ["b"]
 
 
+async def test_a_peer_that_cannot_be_reached_at_first_is_waited_for() -> None:
+    [address] = free_addresses(1)
+    async with sidecar("a", listen=None, peers=[address], bounds=MeshBounds(absent=TIMEOUT_SECONDS)) as a:
+        joining = asyncio.create_task(a.mesh.wait_joined(TIMEOUT_SECONDS))
+        await a.until(lambda: a.mesh.status()[0].last_error != "")
+        assert not joining.done()
+        async with sidecar("b", listen=address):
+            assert await joining
+            assert a.mesh.status()[0].node == "b"
+
+
 class Way:
     """Carries connections to another address, until it is cut."""
 
