@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -55,11 +56,9 @@ def _cgroup_limits(root: Path) -> Iterator[int]:
         # A group has the limits of all those that it is in. A container may see its own as the topmost.
         group = Path(path.lstrip("/"))
         for folder in (group, *group.parents):
-            try:
+            # It may not be there, or say "max".
+            with suppress(OSError, ValueError):
                 yield int((top / folder / file).read_text())
-            except (OSError, ValueError):
-                # It is not there, or says "max".
-                continue
 
 
 def bytes_a_bucket(config: SidecarConfig, rules: Iterable[Rule]) -> int:
@@ -70,9 +69,10 @@ def bytes_a_bucket(config: SidecarConfig, rules: Iterable[Rule]) -> int:
     """
     if config.fabric is not None:
         return _GATEWAY_BUCKET
-    limits = [rule.limit for rule in rules]
-    slides = any(isinstance(limit, WindowLimit) and limit.window is Window.SLIDING for limit in limits)
-    shared = _SLIDING_WINDOW if slides or config.algorithm == "sliding_window" else _TOKEN_BUCKET
+    slides = config.algorithm == "sliding_window" or any(
+        isinstance(rule.limit, WindowLimit) and rule.limit.window is Window.SLIDING for rule in rules
+    )
+    shared = _SLIDING_WINDOW if slides else _TOKEN_BUCKET
     if config.membership is None:
         return shared
     return shared + _STRICT_BUCKET + _STRICT_BUCKET_OF_MEMBER * len(config.membership.weights)

@@ -117,6 +117,14 @@ def not_after_s(certificate: bytes) -> float:
     return x509.load_pem_x509_certificates(certificate)[0].not_valid_after_utc.timestamp()
 
 
+def end_s(certificate: bytes) -> float | None:
+    """As `not_after_s`; None if the end cannot be read. The TLS library accepts the certificate, so it can be used."""
+    try:
+        return not_after_s(certificate)
+    except ValueError:
+        return None
+
+
 class CertificateInForce:
     """The certificate in force: the last usable content of the files. Call `load` first, and run `keep_read` as a task.
 
@@ -155,12 +163,7 @@ class CertificateInForce:
             OSError: they cannot be read, or are no certificate, key and authority that belong together.
         """
         files, context = read_checked(self._paths, self._side)
-        try:
-            ends_s = not_after_s(files.certificate)
-        except ValueError:
-            # OpenSSL accepts the certificate, so it can be used.
-            ends_s = None
-        self._in_force = LoadedCertificate(files, context, ends_s)
+        self._in_force = LoadedCertificate(files, context, end_s(files.certificate))
 
     def renew(self) -> LoadedCertificate:
         """Read the files again, and return the content in force. It blocks, so do not call it on the event loop."""

@@ -38,7 +38,6 @@ KEPT_HEAD_BYTES: Final = MAX_HEAD_BYTES + PIECE_BYTES
 MAX_UNREAD_BYTES: Final = 128 * 1_024 * 1_024
 """An address may hold a third of it: a head for each of its connections."""
 
-
 MAKE_ROOM: Final = 2
 """So many idle connections are closed for a new one: what is free, and what its address has, may each be one short."""
 
@@ -155,10 +154,11 @@ class ProxyConnection(BoundedConnection):
         if self._has_left:
             return
         if self.conn.their_state is h11.IDLE:
-            head = b"".join((self.conn.trailing_data[0], self._unread, data))
-            if len(head) > KEPT_HEAD_BYTES and b"\r\n\r\n" not in head:
-                # No more of it is needed to refuse it.
-                data = data[: max(0, len(data) - (len(head) - KEPT_HEAD_BYTES))]
+            passed = self.conn.trailing_data[0]
+            excess = len(passed) + len(self._unread) + len(data) - KEPT_HEAD_BYTES
+            if excess > 0 and b"\r\n\r\n" not in b"".join((passed, self._unread, data)):
+                # No more of such a head is needed to refuse it.
+                data = data[: max(0, len(data) - excess)]
         if not self.budget.allows(len(self._unread) + len(data), len(data)):
             self.abort()
             return

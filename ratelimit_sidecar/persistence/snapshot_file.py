@@ -153,10 +153,10 @@ class SnapshotFile:
             _log.info("no_snapshot", file=str(self._path))
             return
         file, checked = opened
-        refused = self._store.refused_keys
+        refused_before = self._store.refused_keys
         with file:
             joined = await self._join(records_again(file), checked.origin, self._put_off)
-        refused = self._store.refused_keys - refused
+        refused = self._store.refused_keys - refused_before
         if refused:
             _log.warning("buckets_without_room", file=str(self._path), buckets=refused, fix="a greater max_buckets")
         entries, bad_records, why_bad = joined

@@ -31,7 +31,7 @@ class Resolver:
     Args:
         addresses: as `system_addresses`.
         every_seconds: how often each name is resolved, give or take a fifth.
-        first_seconds: the same, until it is for the first time.
+        first_seconds: the same, until it was resolved once or is known to have no addresses.
     """
 
     addresses: Callable[[str, int], Awaitable[Sequence[str]]] = system_addresses

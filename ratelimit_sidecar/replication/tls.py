@@ -13,7 +13,6 @@ The files are read again at each handshake, and every minute, so that errors in 
 from __future__ import annotations
 
 import asyncio
-import math
 import ssl
 import time
 from collections.abc import Iterable, Mapping
@@ -24,7 +23,7 @@ import grpc.aio
 
 from ratelimit_sidecar.config.certificate_names import accepting
 from ratelimit_sidecar.config.sidecar_schema import SyncTlsConfig
-from ratelimit_sidecar.config.tls_files import CertificateInForce, TlsPaths, not_after_s
+from ratelimit_sidecar.config.tls_files import CertificateInForce, TlsPaths, end_s
 from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.replication.wire import ProtocolError, Reason
 from ratelimit_sidecar.threads import in_daemon_thread
@@ -42,11 +41,11 @@ class PeerCertificate:
 
     Args:
         names: its subject alternative names of the kinds DNS and URI.
-        not_after_s: when it ends, in seconds since the epoch; infinite if the handshake has looked, or nobody can tell.
+        not_after_s: when it ends, in seconds since the epoch; None if the handshake has looked, or nobody can tell.
     """
 
     names: frozenset[str]
-    not_after_s: float = math.inf
+    not_after_s: float | None = None
 
     def check(self, pattern: str, origin: Origin, region: str) -> None:
         """Check that it is for the node that says it is `origin`, in `region`.
@@ -57,7 +56,7 @@ class PeerCertificate:
         Raises:
             ProtocolError: it is not, or it has ended.
         """
-        if self.not_after_s < time.time():
+        if self.not_after_s is not None and self.not_after_s < time.time():
             raise ProtocolError(Reason.CERTIFICATE, f"the certificate of {origin.node!r} has ended")
         wanted = pattern.replace("{node}", origin.node).replace("{region}", region)
         accepts = accepting(pattern, {"{node}": origin.node, "{region}": region})
@@ -131,12 +130,7 @@ def of_client(auth_context: Mapping[str, Iterable[bytes]]) -> PeerCertificate:
     """
     names = [*auth_context.get("peer_dns", ()), *auth_context.get("peer_uri", ())]
     [pem] = auth_context["x509_pem_cert"]
-    try:
-        ends_s = not_after_s(pem)
-    except ValueError:
-        # BoringSSL accepts the certificate, so it can be used.
-        ends_s = math.inf
-    return PeerCertificate(frozenset(name.decode("utf-8", "replace") for name in names), ends_s)
+    return PeerCertificate(frozenset(name.decode("utf-8", "replace") for name in names), end_s(pem))
 
 
 def _pinned(shown: Mapping[str, object], der: bytes) -> Pinned:

@@ -225,10 +225,12 @@ class XdsClient:
         # What is kept may contradict what is new: the same rules have another name.
         domains = {each.domain for each in received.values()}
         of_others = {name: each for name, each in kept.items() if each.domain not in domains}
-        for each in (kept, of_others):
-            if each:
-                with suppress(ConfigError):
-                    return self._read_resources(received, each)
+        if kept:
+            with suppress(ConfigError):
+                return self._read_resources(received, kept)
+        if of_others and len(of_others) < len(kept):
+            with suppress(ConfigError):
+                return self._read_resources(received, of_others)
         return self._read_resources(received, {})
 
     def _read_resources(self, received: Mapping[str, RateLimitConfig], kept: Mapping[str, RateLimitConfig]) -> _Read:

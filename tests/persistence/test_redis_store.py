@@ -243,10 +243,9 @@ async def test_records_that_are_none_are_told_of_and_hold_up_no_other(server: Re
         take(store, "fixed", "odd", 1, NOW_US)
         state.note(store.drain_changes())
         await until(lambda: state.status.written == 1)
-    client = server.client()
-    (odd,) = [name async for name in client.scan_iter() if b"odd" in name]
-    await client.hset(odd, "1 node", "nonsense")
-    await client.aclose()
+    async with server.client() as client:
+        (odd,) = [name async for name in client.scan_iter() if b"odd" in name]
+        await client.hset(odd, "1 node", "nonsense")
     late = make_store(AFTER)
     with capture_logs() as logs:
         await state_in(server, late).load()
@@ -257,9 +256,8 @@ async def test_records_that_are_none_are_told_of_and_hold_up_no_other(server: Re
 
 async def test_a_start_waits_for_a_server_that_is_there_a_moment_later(server: RedisServer) -> None:
     await write_a_hit(server)
-    client = server.client()
-    await client.save()
-    await client.aclose()
+    async with server.client() as client:
+        await client.save()
     await server.kill()
     store = make_store(AFTER)
     state = state_in(server, store)
