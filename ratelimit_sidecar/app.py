@@ -38,7 +38,7 @@ from ratelimit_sidecar.config.sidecar_schema import FabricConfig, ListenConfig, 
 from ratelimit_sidecar.console import app as console
 from ratelimit_sidecar.console.bounds import DEFAULT_BOUNDS as HTTP_BOUNDS
 from ratelimit_sidecar.console.proxies import MAX_CONNECTIONS as MAX_PROXY_CONNECTIONS
-from ratelimit_sidecar.console.proxies import ProxyPlaces
+from ratelimit_sidecar.console.proxies import MAX_UNREAD_BYTES, ProxyPlaces
 from ratelimit_sidecar.console.server import HttpServer
 from ratelimit_sidecar.crdt.bucket import SET_BACK_US, Origin
 from ratelimit_sidecar.crdt.granted import GrantLedger
@@ -51,7 +51,7 @@ from ratelimit_sidecar.limiter.key import rule_key
 from ratelimit_sidecar.limiter.limiter import Limiter, Retired
 from ratelimit_sidecar.limiter.quota import Quotas
 from ratelimit_sidecar.limiter.rules import Rules
-from ratelimit_sidecar.memory_limit import bytes_a_bucket, max_buckets, memory_limit_bytes
+from ratelimit_sidecar.memory_limit import bytes_a_bucket, less_in_little_memory, max_buckets, memory_limit_bytes
 from ratelimit_sidecar.mesh_status import MembershipStatus, PeerStatus
 from ratelimit_sidecar.persistence.purse_file import PurseFile
 from ratelimit_sidecar.persistence.snapshot_file import SnapshotFile
@@ -181,10 +181,14 @@ class Sidecar:
         self._stalls = StallMonitor()
         self._latency = LatencyHistogram()
         file_limits = _raise_file_limit(config.listen)
-        mesh_bounds = replace(MESH_BOUNDS, connections=file_limits.mesh)
+        memory_bytes = self._memory_bytes = memory_limit_bytes()
+        mesh_bounds = replace(
+            MESH_BOUNDS,
+            connections=file_limits.mesh,
+            key_id_bytes=less_in_little_memory(MESH_BOUNDS.key_id_bytes, memory_bytes),
+        )
         self._tracing = start_tracing(config.node.id, config.node.region)
-        self._memory_bytes = memory_limit_bytes()
-        most = max_buckets(config, rules, self._memory_bytes)
+        most = max_buckets(config, rules, memory_bytes)
         self.limiter = _make_limiter(config, rules, self.clock.now_us(), most)
         self._fullest = FullestBuckets(self.limiter.store)
         self.reloader = Reloader(
@@ -215,9 +219,12 @@ class Sidecar:
         certificate = None if config.listen.tls is None else ServerCertificate(config.listen.tls)
         self._h2: GrpcFrontEnd | None = None
         self._front_end = self._make_front_end(
-            front_end, handlers, _front_end_bounds(config.listen, file_limits), certificate
+            front_end, handlers, _front_end_bounds(config.listen, file_limits, memory_bytes), certificate
         )
-        proxies = None if config.listen.ext_authz_http is None else ProxyPlaces(file_limits.proxies, self._turns)
+        proxies: ProxyPlaces | None = None
+        if config.listen.ext_authz_http is not None:
+            unread_bytes = less_in_little_memory(MAX_UNREAD_BYTES, memory_bytes)
+            proxies = ProxyPlaces(file_limits.proxies, self._turns, unread_bytes)
         registry = self._make_registry(ext_authz, certificate, proxies)
         self._push = start_push(config.node.id, config.node.region, registry)
         self._console = HttpServer(self._make_console_app(registry), config.listen.admin)
@@ -744,10 +751,16 @@ def _make_limiter(config: SidecarConfig, rules: Rules, now_us: int, most: int) -
     return Limiter(rules, origin, config.settings, ledger, max_buckets=most)
 
 
-def _front_end_bounds(listen: ListenConfig, file_limits: FileLimits) -> ServerBounds:
+def _front_end_bounds(listen: ListenConfig, file_limits: FileLimits, memory_bytes: int) -> ServerBounds:
     """The front end's bounds, with those that are configured; 0 is not allowed there."""
     age_s, grace_s = listen.max_connection_age_seconds, listen.max_connection_age_grace_seconds
-    return replace(DEFAULT_BOUNDS, connections=file_limits.clients, age=age_s or None, age_grace=grace_s or inf)
+    return replace(
+        DEFAULT_BOUNDS,
+        connections=file_limits.clients,
+        held_bytes=less_in_little_memory(DEFAULT_BOUNDS.held_bytes, memory_bytes),
+        age=age_s or None,
+        age_grace=grace_s or inf,
+    )
 
 
 def _raise_file_limit(listen: ListenConfig) -> FileLimits:

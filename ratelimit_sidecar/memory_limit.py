@@ -1,7 +1,8 @@
-"""How much memory this process may take, and how many buckets have room in it.
+"""How much memory this process may take, and what has room in it.
 
-The kernel kills a process that exceeds the limit of its cgroup, as of a container, and whoever can invent keys can fill
-the store. So the number of buckets follows from the memory, unless it is configured.
+The kernel kills a process that exceeds the limit of its cgroup, as of a container, and whoever can invent keys or hold
+calls can fill what these may take. So the number of buckets follows from the memory, unless it is configured, and so do
+other bounds where there is little memory.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ MIN_BUCKETS: Final = 10_000
 
 BUCKETS_SHARE: Final = 2
 """Buckets may take half of the memory. Calls, connections, and the process itself take the rest."""
+
+OTHER_SHARE: Final = 8
+"""Nothing else that clients or peers can fill may take more than an eighth of the memory."""
 
 # The most that one takes, in bytes (docs/sizing.md).
 _TOKEN_BUCKET: Final = 1_600
@@ -84,3 +88,8 @@ def max_buckets(config: SidecarConfig, rules: Iterable[Rule], limit_bytes: int) 
         return config.max_buckets
     fitting = limit_bytes // BUCKETS_SHARE // bytes_a_bucket(config, rules)
     return max(MIN_BUCKETS, min(fitting, DEFAULT_MAX_BUCKETS))
+
+
+def less_in_little_memory(most_bytes: int, limit_bytes: int) -> int:
+    """How much what clients or peers can fill may take, `most_bytes` if there is much memory."""
+    return min(most_bytes, limit_bytes // OTHER_SHARE)

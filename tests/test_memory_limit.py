@@ -10,7 +10,7 @@ import pytest
 from ratelimit_sidecar.config.sidecar_schema import FabricConfig, SidecarConfig, SyncConfig
 from ratelimit_sidecar.crdt.limit import Window, WindowLimit
 from ratelimit_sidecar.limiter.rules import Rule
-from ratelimit_sidecar.memory_limit import bytes_a_bucket, max_buckets, memory_limit_bytes
+from ratelimit_sidecar.memory_limit import bytes_a_bucket, less_in_little_memory, max_buckets, memory_limit_bytes
 
 MIB = 1_024 * 1_024
 MACHINE = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -74,3 +74,10 @@ def test_with_a_sliding_window_there_are_fewer(window: Window) -> None:
 
 def test_what_is_configured_counts() -> None:
     assert max_buckets(SidecarConfig(max_buckets=2_000_000), (), 128 * MIB) == 2_000_000
+
+
+@pytest.mark.parametrize(
+    ("limit", "bound"), [(128 * MIB, 16 * MIB), (1_024 * MIB, 128 * MIB), (4_096 * MIB, 256 * MIB)]
+)
+def test_what_clients_can_fill_may_take_an_eighth_of_little_memory(limit: int, bound: int) -> None:
+    assert less_in_little_memory(256 * MIB, limit) == bound

@@ -14,6 +14,8 @@ class MeshBounds:
         connections: inbound, at once: one a stream, and as many more that have not said anything yet. Further ones are
             closed.
         streams: inbound, at once; two from each of `peers.MAX_PEERS`.
+        key_id_bytes: the most memory for the keys with ids (`key_ids`) that peers have sent on all streams: 255 peers
+            with keys of 60 bytes take as much.
         handshake: from an inbound connection to its first HTTP/2 settings, TLS included; gRPC's default is two minutes.
         idle: an inbound connection without a stream is closed after this time: who dials opens one at once.
         connect: for a TCP or a TLS handshake over any distance, with one packet lost. A dial with TLS has two of each,
@@ -35,6 +37,7 @@ class MeshBounds:
 
     connections: int = 1_024
     streams: int = 512
+    key_id_bytes: int = 512 * 1_024 * 1_024
     handshake: float = 5.0
     idle: float = 10.0
     connect: float = 2.0

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Final
 
+from ratelimit_sidecar.replication.bounds import DEFAULT_BOUNDS
 from ratelimit_sidecar.replication.wire import ProtocolError, Reason
 
 MAX_KEY_IDS = 16_384
@@ -29,9 +30,6 @@ MAX_KEY_WITH_ID_BYTES: Final = 512
 
 KEY_ID_BYTES: Final = 64
 """The memory that an id takes besides its key: two places in lists, and what Python adds to bytes."""
-
-MAX_HELD_BYTES: Final = 512 * 1_024 * 1_024
-"""The most that the ids of all streams take at the receiver: 255 peers with keys of 60 bytes take as much."""
 
 
 class KeyIdsGiven:
@@ -64,9 +62,13 @@ class KeyIdsGiven:
 
 
 class KeyMemory:
-    """Counts the memory that received ids and their keys take, of all streams of one node."""
+    """Counts the memory that received ids and their keys take, of all streams of one node.
 
-    def __init__(self, most: int = MAX_HELD_BYTES) -> None:
+    Args:
+        most: bytes.
+    """
+
+    def __init__(self, most: int = DEFAULT_BOUNDS.key_id_bytes) -> None:
         self.free = most
         self._held = Counter[str]()
         """The bytes held, by address."""

@@ -88,7 +88,7 @@ class Mesh:
         self._payments = payments
         membership = None if payments is None else payments.membership
         local = LocalNode(origin, region, version, membership, is_gateway)
-        self._replicator = Replicator(local, store, now_us(), tracer, payments, demands=demands)
+        self._replicator = Replicator(local, store, now_us(), tracer, payments, demands=demands, bounds=bounds)
         self._replicator.sync.has_joined = False
         self._scheduler = Scheduler()
         self._progress = Progress()

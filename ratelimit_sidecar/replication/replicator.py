@@ -16,6 +16,7 @@ from functools import partial
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.store import Store
+from ratelimit_sidecar.replication.bounds import DEFAULT_BOUNDS, MeshBounds
 from ratelimit_sidecar.replication.changes import MAX_BATCH_BUCKETS, ChangeLog
 from ratelimit_sidecar.replication.deltas import OnNews
 from ratelimit_sidecar.replication.demands import QuotaDemands
@@ -59,6 +60,7 @@ class Replicator:
         payments: PaymentExchange | None = None,
         *,
         demands: QuotaDemands | None = None,
+        bounds: MeshBounds = DEFAULT_BOUNDS,
     ) -> None:
         self.local = local
         self.demands = demands
@@ -70,7 +72,7 @@ class Replicator:
         self.peers = self.peer_registry.by_node
         """All of them, by node id."""
         self.sync = SyncRequests(self.peers, self.announce)
-        self.key_memory = KeyMemory()
+        self.key_memory = KeyMemory(bounds.key_id_bytes)
         self.protocol_errors: Counter[str] = Counter()
         """Streams closed by this node, by reason, including those that never said whose they were."""
         self.unknown_keys = 0

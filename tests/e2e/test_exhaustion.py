@@ -23,6 +23,8 @@ from e2e.sidecars import status
 from server.raw_http2 import connected
 
 from ratelimit_sidecar.demo.ports import HOST, RegionPorts, free_ports
+from ratelimit_sidecar.envoy_api.envoy.extensions.common.ratelimit.v3.ratelimit_pb2 import RateLimitDescriptor
+from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2 import RateLimitRequest
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 from ratelimit_sidecar.persistence.snapshot_format import check
 from ratelimit_sidecar.replication.bounds import DEFAULT_BOUNDS as MESH_BOUNDS
@@ -327,6 +329,31 @@ async def test_what_was_taken_while_the_state_was_being_read_is_kept_at_a_stop(t
             assert await sidecar.stopped() == 0
     with (tmp_path / "state").open("rb") as state:
         assert check(state).buckets == 1
+
+
+LITTLE_MEMORY = """
+from ratelimit_sidecar import app
+from ratelimit_sidecar.cli import main
+
+app.memory_limit_bytes = lambda: 64 * 1_024 * 1_024
+main()
+"""
+
+
+@pytest.mark.parametrize("program", [pytest.param((), id="much"), pytest.param(["-c", LITTLE_MEMORY], id="little")])
+async def test_with_little_memory_calls_may_hold_less(program: Sequence[str], tmp_path: Path) -> None:
+    agent = RateLimitDescriptor(entries=[RateLimitDescriptor.Entry(key="agent", value="a" * 2 * 1_024 * 1_024)])
+    large = RateLimitRequest(domain="openclaw", descriptors=[agent])
+    async with serving(tmp_path, program=program) as sidecar:
+        await sidecar.is_ready()
+        async with grpc.aio.insecure_channel(f"{HOST}:{sidecar.ports.grpc}") as channel:
+            try:
+                await RateLimitServiceStub(channel).ShouldRateLimit(large, timeout=WITHIN_S)
+            except grpc.aio.AioRpcError as error:
+                answer = error.code()
+            else:
+                answer = grpc.StatusCode.OK
+        assert answer == (grpc.StatusCode.RESOURCE_EXHAUSTED if program else grpc.StatusCode.OK)
 
 
 @pytest.mark.slow
