@@ -43,6 +43,9 @@ ASIDE: Final = ".unreadable"
 """Added to the name of a file that cannot be used."""
 LOCK: Final = ".lock"
 
+READ_TRIES: Final = 3
+READ_AGAIN_S: Final = 0.5
+
 WRITE_BYTES: Final = 256 * 1_024
 
 _log = structlog.stdlib.get_logger(__name__)
@@ -126,7 +129,7 @@ class SnapshotFile:
         so that the next snapshot, which has less, does not replace it.
         """
         try:
-            await self._load()
+            await self._load_patiently()
         except BadSnapshot as error:
             await self._set_aside(f"the snapshot {error}")
         except OSError as error:
@@ -146,6 +149,17 @@ class SnapshotFile:
                 ahead_of_clock=put_off.ahead.buckets,
                 left_out=put_off.left_out,
             )
+
+    async def _load_patiently(self) -> None:
+        """The disk, or too many open files, may fail for a moment. To join a snapshot twice does no harm."""
+        for _ in range(READ_TRIES - 1):
+            try:
+                return await self._load()
+            except OSError as error:
+                _log.warning("snapshot_read_again", file=str(self._path), reason=error.strerror or str(error))
+                self._put_off = PutOff()
+            await asyncio.sleep(READ_AGAIN_S)
+        return await self._load()
 
     async def _load(self) -> None:
         opened = await asyncio.to_thread(_open_checked, self._path, may_be_cut=False)

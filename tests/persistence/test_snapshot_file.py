@@ -102,6 +102,22 @@ async def test_what_cannot_be_read_is_set_aside(tmp_path: Path) -> None:
     assert file.is_file()
 
 
+async def test_what_cannot_be_read_for_a_moment_is_read_again(tmp_path: Path) -> None:
+    file, kept = tmp_path / "state", tmp_path / "kept"
+    await snapshots_of(kept, store_with("a", "b")).save()
+    file.mkdir()
+    after = make_store(AFTER)
+    with capture_logs() as logs:
+        loading = asyncio.create_task(snapshots_of(file, after).load())
+        while not logs:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        file.rmdir()
+        kept.rename(file)
+        await loading
+    assert [log["event"] for log in logs] == ["snapshot_read_again", "restored"]
+    assert sorted(bucket.remaining for bucket in after) == [97, 97]
+
+
 async def test_what_cannot_be_restored_for_a_reason_nobody_foresaw_is_set_aside(tmp_path: Path) -> None:
     def now_us() -> int:
         if file.exists():
