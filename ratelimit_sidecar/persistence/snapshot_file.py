@@ -10,6 +10,7 @@ snapshots (`put_off`).
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import os
 import time
@@ -45,6 +46,9 @@ LOCK: Final = ".lock"
 
 READ_TRIES: Final = 3
 READ_AGAIN_S: Final = 0.5
+
+DISK_TROUBLE = frozenset({errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO})
+"""Of a disk that was in order once, so not reasons to refuse to start: no state is better than no sidecar."""
 
 WRITE_BYTES: Final = 256 * 1_024
 
@@ -101,12 +105,13 @@ class SnapshotFile:
         self._local_limit_of_key = local_limit_of_key
         self._every_seconds = every_seconds
         self._lock: BinaryIO | None = None
+        self._is_locked_later = False
         self._saving = asyncio.Lock()
         self._put_off = PutOff()
         self._rules_changed = asyncio.Event()
 
     def lock(self) -> None:
-        """Lock the file for this process.
+        """Lock the file for this process. If the disk is in trouble, `save` does it once it can.
 
         Raises:
             StateError: another process has it, or its folder cannot be written to.
@@ -114,13 +119,17 @@ class SnapshotFile:
         try:
             lock = _beside(self._path, LOCK).open("ab")
         except OSError as error:
+            if error.errno in DISK_TROUBLE:
+                self._is_locked_later = True
+                self._fail("snapshot_not_locked", error)
+                return
             raise StateError(f"{self._path}: cannot write beside it: {error.strerror}") from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             lock.close()
             raise StateError(f"{self._path}: another process keeps its state in it") from error
-        self._lock = lock
+        self._lock, self._is_locked_later = lock, False
 
     async def load(self) -> None:
         """Join the snapshot in the file, in pieces, between which requests are answered.
@@ -262,6 +271,8 @@ class SnapshotFile:
             at_once: True at the stop, to leave no time to requests.
         """
         async with self._saving:
+            if self._is_locked_later and not await self._is_locked_now():
+                return
             begun_us = self._now_us()
             size = SnapshotSize()
             new = _beside(self._path, NEW)
@@ -285,6 +296,14 @@ class SnapshotFile:
                 begun_us,
                 "",
             )
+
+    async def _is_locked_now(self) -> bool:
+        try:
+            await asyncio.to_thread(self.lock)
+        except StateError as error:
+            _log.error("snapshot_not_locked", file=str(self._path), reason=str(error))
+        self.status.failed += self._lock is None
+        return self._lock is not None
 
     async def _write(self, new: Path, pieces: Iterator[bytes], *, at_once: bool) -> None:
         file = await asyncio.to_thread(_create, new)

@@ -331,6 +331,25 @@ async def test_what_was_taken_while_the_state_was_being_read_is_kept_at_a_stop(t
         assert check(state).buckets == 1
 
 
+@has_namespaces
+async def test_on_a_disk_that_has_become_read_only_it_starts_with_what_there_is_and_says_so(tmp_path: Path) -> None:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    config = {"persistence": {"file": str(folder / "state")}}
+    async with serving(tmp_path, config=config) as sidecar:
+        await sidecar.is_ready()
+        await sidecar.decides()
+        assert await sidecar.stopped() == 0
+    read_only = f"mount --bind {folder} {folder} && mount -o remount,ro,bind {folder}"
+    shell = f'exec unshare -Urm sh -c \'{read_only} && exec "$@"\' sh "$@"'
+    async with serving(tmp_path, config=config, shell=shell) as sidecar:
+        await sidecar.is_ready()
+        assert (await sidecar.answers("/readyz")).json()["degraded"] == ["the state is not kept: Read-only file system"]
+        assert await sidecar.metric("ratelimit_snapshot_buckets") == 1
+        await sidecar.decides()
+        assert await sidecar.stopped() == 0
+
+
 LITTLE_MEMORY = """
 from ratelimit_sidecar import app
 from ratelimit_sidecar.cli import main

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import resource
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from structlog.testing import capture_logs
 from ratelimit_sidecar.crdt.limit import AnyLimit
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.limiter.rules import Rules
+from ratelimit_sidecar.persistence import snapshot_file
 from ratelimit_sidecar.persistence.put_off import RECORD_BUCKETS
 from ratelimit_sidecar.persistence.snapshot_file import SnapshotFile, StateError
 from ratelimit_sidecar.persistence.snapshot_format import REPLICATED, SnapshotSize, _record, snapshot
@@ -160,6 +162,27 @@ async def test_a_file_belongs_to_one_process(tmp_path: Path) -> None:
     file = tmp_path / "state"
     first = snapshots_of(file, make_store(BEFORE))
     first.lock()
+    with pytest.raises(StateError, match="another process keeps its state in it"):
+        snapshots_of(file, make_store(AFTER)).lock()
+
+
+async def test_on_a_disk_in_trouble_the_file_is_locked_once_it_can_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snapshot_file, "DISK_TROUBLE", {errno.ENOENT})
+    file = tmp_path / "later" / "state"
+    snapshots = snapshots_of(file, store_with("a"))
+    snapshots.lock()
+    await snapshots.save()
+    assert (snapshots.status.failed, snapshots.status.degraded_reason) == (1, "No such file or directory")
+    file.parent.mkdir()
+    other = snapshots_of(file, make_store(BEFORE))
+    other.lock()
+    await snapshots.save()
+    assert not file.exists()
+    del other
+    await snapshots.save()
+    assert (snapshots.status.taken, snapshots.status.failed, snapshots.status.degraded_reason) == (1, 2, "")
     with pytest.raises(StateError, match="another process keeps its state in it"):
         snapshots_of(file, make_store(AFTER)).lock()
 
