@@ -200,6 +200,24 @@ def test_services_policies_and_budgets_are_for_the_pods_of_the_workload(kind: st
         assert scaler["spec"]["scaleTargetRef"] == {"apiVersion": "apps/v1", "kind": kind, "name": FULLNAME}
 
 
+@pytest.mark.parametrize(
+    ("chosen", "strategy"),
+    [
+        ({"kind": "Deployment"}, "strategy"),
+        ({"kind": "DaemonSet"}, "updateStrategy"),
+        ({"kind": "DaemonSet", "persistence": {"enabled": True}}, None),
+    ],
+    ids=["Deployment", "DaemonSet", "DaemonSet with a file"],
+)
+def test_a_new_pod_is_ready_before_the_old_one_stops_unless_both_need_one_file(
+    chosen: dict[str, object], strategy: str | None
+) -> None:
+    spec = render(values=values(**chosen)).one(str(chosen["kind"]))["spec"]
+
+    updates = {name: spec[name]["rollingUpdate"] for name in ("strategy", "updateStrategy") if name in spec}
+    assert updates == ({strategy: {"maxSurge": 1, "maxUnavailable": 0}} if strategy else {})
+
+
 def test_new_sidecars_are_found_before_they_are_ready() -> None:
     (mesh,) = [each for each in render(values=values()).of_kind("Service") if each["spec"].get("clusterIP") == "None"]
 
