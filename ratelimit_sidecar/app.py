@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
 from enum import Enum
 from functools import partial
@@ -407,7 +407,11 @@ class Sidecar:
             if self._restoring is not None and not self._restoring.done():
                 missing.append("the state is being read")
             if not self._joined:
-                missing.append("peers have not yet told all they know")
+                missing.append(
+                    "peers have not yet told all they know"
+                    if self._fabric is None
+                    else "the fabric's Redis has not yet answered"
+                )
         if self._config.listen.healthy_with_rules_only and not self.limiter.rules.domains:
             missing.append("there are no rules of any domain yet")
         return missing
@@ -604,6 +608,11 @@ class Sidecar:
         if not await self._mesh.wait_joined(JOIN_SECONDS, MAX_JOIN_SECONDS):
             waited_s = round(time.monotonic() - begun_s, 1)
             _log.warning("not_joined", waited_seconds=waited_s, peers=self._config.sync.peers)
+        if self._fabric is not None:
+            # A roll-out goes on once this one is ready, and those that it stops may have told Redis nothing.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(JOIN_SECONDS):
+                    await self._fabric.has_answered.wait()
         self._joined = True
         self._health.changed()
         _log.info("ready")

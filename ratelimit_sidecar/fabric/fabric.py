@@ -74,6 +74,8 @@ class Fabric:
         most_shared: int = MAX_SHARED,
     ) -> None:
         self.status = FabricStatus()
+        self.has_answered = asyncio.Event()
+        """Redis has answered since the start."""
         self._room = SharedRoom(most_shared)
         self.shards = [Sharing(store, store.origin, self._room) for _ in keys.shards]
         self._link = RedisLink(connect)
@@ -280,6 +282,7 @@ class Fabric:
         is_list = isinstance(answer, list) and len(answer) == len(asks) + 2
         if not is_list or not all(isinstance(text, bytes) for text in answer[2:]):
             raise BadRecord("an answer of another script")
+        self.has_answered.set()
         epoch, version, *texts = answer
         if not sharing.check(epoch, version):
             self._again = self._store.walk()

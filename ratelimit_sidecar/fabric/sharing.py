@@ -169,7 +169,8 @@ class Sharing:
         self._urgent = UrgentBuckets()
         self._left: tuple[int, int] = (0, 0)
         """Busy and resting ones that this tick still has to ask about."""
-        self._unanswered_ticks = 0
+        # The first tick asks, so that it is known whether there is a server.
+        self._unanswered_ticks = RESTING_TICKS
         self.has_to_ask = False
         """The shard is to be asked at this tick, even if it is about no bucket."""
         self._is_behind = False

@@ -17,9 +17,11 @@ CALL_SECONDS: Final = 2.0
 
 SERVER_FAULTS: Final = (
     *("OOM", "READONLY", "MISCONF", "NOPERM", "LOADING", "CLUSTERDOWN", "MASTERDOWN", "NOREPLICAS"),
-    *("The user executing the script", "TRYAGAIN", "non local key"),
+    *("The user executing the script", "TRYAGAIN", "non local key", "CLOCKAHEAD"),
 )
-"""Words of errors after which no other bucket can be written either. A Cluster that moves a slot has the last two."""
+"""Words of errors after which no other bucket can be written either. A Cluster that moves a slot has `TRYAGAIN` and
+what follows it; the last one is of `redis_record.JOIN`.
+"""
 
 _NOT_PERMITTED: Final = ("NOPERM", "no permissions", "The user executing the script")
 
@@ -111,6 +113,7 @@ def reason_of(error: Exception) -> str:
         (("LOADING", "loading the dataset"), "it is loading its data"),
         (("MISCONF",), "it cannot write to its disk"),
         (("CLUSTERDOWN",), "the cluster is down"),
+        (("CLOCKAHEAD",), "its clock is more than a minute behind the one here"),
     ):
         if any(word in text for word in words):
             return reason

@@ -12,6 +12,9 @@ The script joins as the CRDT does. Counts: the maximum of each slot. Bases: one 
 it would be *full* again. All deficits drain alike, so the later `full` is the larger deficit at any boundary, and
 nothing has to be drained. Slots that a new boundary leaves behind are folded into the base. Instants are whole
 microseconds, rounded up: a restored level may be lower by what is refilled in one of them.
+
+A writer whose clock is far ahead would have all that others take folded, and refilled, until the time that it believes
+in. So the server's clock is asked: such a writer is refused, and a base from such a time is none.
 """
 
 from __future__ import annotations
@@ -38,6 +41,10 @@ _KEPT_WIDTHS: Final = {Window.FIXED: 2, Window.SLIDING: 64}
 """A window's slot is kept for so many of its own widths after its end: as long as any window that has such slots."""
 
 JOIN: Final = """
+-- A user who may not ask for the time goes on without.
+local is_told, time = pcall(redis.call, 'TIME')
+local latest = is_told and time[1] * 1e6 + time[2] + 6e7 or math.huge
+
 local function number(value)
   return string.format('%.0f', value)
 end
@@ -82,6 +89,8 @@ local function join(key, told)
   local numbers = {}
   for word in string.gmatch(head, '%S+') do numbers[#numbers + 1] = tonumber(word) end
   local now, ttl, boundary, batch, full, period, rate, exponent, ceiling, kept = unpack(numbers)
+  if now > latest then return 'CLOCKAHEAD' end
+  if boundary > latest then boundary, full = 0, 0 end
   local was = redis.call('HMGET', key, 'at', 'base')
   local at, old_boundary, old_full = now, 0, 0
   if was[1] then
@@ -93,6 +102,7 @@ local function join(key, told)
       -- Another limit: the deficit in tokens stays.
       old_full = old_boundary + (old_full - old_boundary) * (old[4] * period) / (old[3] * rate)
     end
+    if old_boundary > latest then old_boundary, old_full = 0, 0 end
   end
   local seals = boundary - old_boundary >= batch
   local origins, changed = {}, {}

@@ -118,6 +118,23 @@ async def test_redis_is_never_in_the_way(tmp_path: Path) -> None:
         await until_remaining([west, *east], LIMIT - 40)
 
 
+async def test_a_start_waits_for_a_redis_that_answers_a_moment_later(tmp_path: Path) -> None:
+    west, own = free_ports(2).regions
+    async with RedisServer(tmp_path / "redis") as server, Children(tmp_path) as children:
+        _, command = commands(tmp_path, server, west, own)
+        with server.hanging():
+            starting = asyncio.create_task(children.start(command))
+            async with asyncio.timeout(WITHIN_S), httpx.AsyncClient(trust_env=False) as client:
+                missing: list[str] = []
+                while missing != ["the fabric's Redis has not yet answered"]:
+                    with suppress(httpx.TransportError):
+                        missing = (await client.get(f"http://{HOST}:{own.admin}/readyz")).json()["missing"]
+                    await asyncio.sleep(0.05)
+            assert not starting.done()
+        await starting
+        await until_told(own, "limits are not shared", is_told=False)
+
+
 STRICT_RULES = """
 domain: state
 descriptors:

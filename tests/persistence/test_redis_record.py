@@ -160,6 +160,50 @@ async def test_a_slot_ahead_of_time_is_not_taken_for_a_clock_that_was_set_back(r
     assert (await restored(redis, "tokens", NOW_US)).taken.keys() <= {*WRITERS}
 
 
+DAY_US = 86_400 * SECOND_US
+
+
+@pytest.mark.parametrize("name", ["tokens", "fixed", "sliding"])
+async def test_who_is_far_ahead_of_the_servers_clock_is_refused_and_others_are_kept(redis: Redis, name: str) -> None:
+    seconds, _ = await redis.time()
+    now_us = seconds * SECOND_US
+    bucket = bucket_of(make_store(WRITERS[0]), name, now_us)
+    bucket.take(90, now_us)
+    await join(redis, join_text(bucket, entry_lines(bucket.entries()), now_us))
+    ahead_us = now_us + 10 * DAY_US
+    ahead = bucket_of(make_store(WRITERS[1]), name, ahead_us)
+    ahead.take(1, ahead_us)
+    assert await join(redis, join_text(ahead, entry_lines(ahead.entries()), ahead_us)) == [b"CLOCKAHEAD"]
+    assert (await restored(redis, name, now_us)).fold(now_us) == pytest.approx(bucket.fold(now_us), abs=rounding(name))
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["written by one before", "of a bucket that went on as a clock did"])
+async def test_a_base_that_is_far_ahead_of_the_servers_clock_is_none(redis: Redis, *, own: bool) -> None:
+    seconds, _ = await redis.time()
+    now_us = seconds * SECOND_US
+    ahead_us = now_us + 10 * DAY_US
+    if own:
+        ahead = bucket_of(make_store(WRITERS[1]), "tokens", ahead_us)
+        ahead.take(1, ahead_us)
+        head, *lines = join_text(ahead, entry_lines(ahead.entries()), ahead_us).decode().splitlines()
+        assert await join(redis, "\n".join([head.replace(str(ahead_us), str(now_us), 1), *lines, ""]).encode()) == [1]
+    else:
+        await redis.hset(NAME, mapping={"at": ahead_us, "base": f"{ahead_us} {ahead_us} {SECOND_US} 10"})
+    bucket = bucket_of(make_store(WRITERS[0]), "tokens", now_us)
+    bucket.take(90, now_us)
+    await join(redis, join_text(bucket, entry_lines(bucket.entries()), now_us))
+    assert (await restored(redis, "tokens", now_us)).fold(now_us) == pytest.approx(
+        bucket.fold(now_us), abs=rounding("tokens")
+    )
+
+
+async def test_a_user_who_may_not_ask_for_the_time_can_write(redis: Redis) -> None:
+    bucket = bucket_of(make_store(WRITERS[0]), "tokens", NOW_US)
+    bucket.take(90, NOW_US)
+    await redis.execute_command("ACL", "SETUSER", "default", "-time")
+    assert await join(redis, join_text(bucket, entry_lines(bucket.entries()), NOW_US)) == [1]
+
+
 async def test_what_was_folded_is_not_told_again(redis: Redis) -> None:
     late, now_us = bucket_of(make_store(WRITERS[0]), "tokens", NOW_US), NOW_US + 13 * SECOND_US
     late.take(150, NOW_US, always=True)

@@ -24,7 +24,7 @@ pytestmark = needs_redis
 
 SLOTS = 16_384
 
-COMMANDS = "+get +set +scan +evalsha +script|load +hgetall +hmget +hget +hset +hdel +pttl +pexpire"
+COMMANDS = "+get +set +scan +time +evalsha +script|load +hgetall +hmget +hget +hset +hdel +pttl +pexpire"
 IN_A_CLUSTER = "+cluster|slots +cluster|shards +command"
 """What docs/reference/redis.md says that a user needs."""
 
