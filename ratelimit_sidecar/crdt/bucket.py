@@ -195,6 +195,12 @@ class Bucket(ABC):
         """
         return 0
 
+    def give_back(self, tokens: int, now_us: int) -> int:
+        """As `refund`, of what a request had taken, perhaps elsewhere. A token bucket gives back for some time what it
+        has not heard of yet; the result does not count that.
+        """
+        return self.refund(tokens, now_us)
+
     @property
     @abstractmethod
     def remaining(self) -> int:
@@ -494,6 +500,12 @@ class Bucket(ABC):
         its new origin, which has none."""
         self._take_new_origin()
         return 0 if self._own is None else self._own.get(slot, 0)
+
+    def _note_use(self, journal: Journal) -> None:
+        """Put the bucket into the journal, even if nothing was written: a fabric then asks what others took."""
+        if self._unsent is None:
+            self._unsent = []
+            journal.buckets.append(self)
 
     def _note_unsent(self, journal: Journal, slot: int) -> None:
         if self._unsent is None:

@@ -34,6 +34,17 @@ the shortest horizon is left for clocks that differ.
 """
 
 
+EARLY_REFUND_US: Final = 2_000_000
+"""What is given back before its take is heard of is given so long: that comes within a flush and a round trip, or two
+ticks of a fabric.
+"""
+
+
+class _EarlyRefund(NamedTuple):
+    tokens: int
+    until_us: int
+
+
 class TokenBucket(Bucket):
     """A replicated token bucket. `take` seals old slots as needed; call `is_idle` on unused ones so that they seal too.
 
@@ -43,6 +54,7 @@ class TokenBucket(Bucket):
     __slots__ = (
         "_base_deficit",
         "_base_us",
+        "_early_refund",
         "_former",
         "_kept_until_us",
         "_limit",
@@ -80,6 +92,8 @@ class TokenBucket(Bucket):
         """It is not dropped as idle before this time. An own slot was sealed before it was over, because the limit had
         wider slots then; or slots were sealed early, and peers still hold them (see `shorten`).
         """
+        self._early_refund: _EarlyRefund | None = None
+        """What was given back, and is still to be taken off what peers report. No replica knows of another's."""
         self._former: _Former | None = None
         """Of the limits it has had, the one that takes longest to refill what was taken under it."""
 
@@ -124,6 +138,25 @@ class TokenBucket(Bucket):
             if self.deficit <= 0:
                 self.deficit, self.full_at_us = 0, self.at_us
         return given
+
+    def give_back(self, tokens: int, now_us: int) -> int:
+        given = self.refund(tokens, now_us)
+        if given < tokens and self.journal is not None:
+            early = self._early_refund
+            before = early.tokens if early is not None and early.until_us > self.at_us else 0
+            most = self._limit.debt_ceiling // self._limit.period_us
+            until_us = self.at_us + EARLY_REFUND_US
+            self._early_refund = _EarlyRefund(min(before + tokens - given, most), until_us)
+            self._kept_until_us = max(self._kept_until_us, until_us)
+            self._note_use(self.journal)
+        return given
+
+    def _refund_early(self, early: _EarlyRefund) -> None:
+        """Take what was given back off what a peer has just reported."""
+        left = 0
+        if early.until_us > self.at_us:
+            left = early.tokens - self.refund(early.tokens, self.at_us)
+        self._early_refund = _EarlyRefund(left, early.until_us) if left else None
 
     def _last_slot(self) -> int:
         """The slot to write a refund to: the current one, or a later one with takes, which an earlier refund would not
@@ -215,6 +248,9 @@ class TokenBucket(Bucket):
             self._trim()
         if refold:
             self._recount()
+        early = self._early_refund
+        if news and early is not None:
+            self._refund_early(early)
         return news
 
     def _place(self, slot: int, charge: int) -> bool:

@@ -283,7 +283,7 @@ class Limiter:
         """
         for take in plan.takes:
             if take.gives_back and not take.compiled.is_strict and isinstance(take.compiled.limit, TokenBucketLimit):
-                take.counts.given_back += self._bucket_at(take, now_us).refund(take.gives_back, now_us)
+                take.counts.given_back += self._bucket_at(take, now_us).give_back(take.gives_back, now_us)
 
     def rlqs_take(self, domain: str, entries: Sequence[tuple[str, str]]) -> PlannedTake:
         """The take of a descriptor that an Envoy decides by itself (RLQS), for `charge`, `used` and `left_within`. It

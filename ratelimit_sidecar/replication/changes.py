@@ -236,7 +236,7 @@ class ChangeLog:
 
     def _add(self, bucket: Bucket, slots: list[int], now_us: int) -> None:
         key = bucket.key
-        if len(key) > MAX_KEY_BYTES:
+        if len(key) > MAX_KEY_BYTES or not slots:
             return
         segment = self._open
         if self._has_peers and not segment.keys:

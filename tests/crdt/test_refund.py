@@ -16,7 +16,7 @@ from ratelimit_sidecar.crdt.bucket import Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.journal import Journal
 from ratelimit_sidecar.crdt.limit import AnyLimit, TokenBucketLimit, Window, WindowLimit
 from ratelimit_sidecar.crdt.slot import REFUND, placed_us, slot_id
-from ratelimit_sidecar.crdt.token_bucket import TokenBucket
+from ratelimit_sidecar.crdt.token_bucket import EARLY_REFUND_US, TokenBucket
 from ratelimit_sidecar.crdt.window import FixedWindow, SlidingWindow
 
 SECOND_US = 1_000_000
@@ -158,6 +158,50 @@ def test_refunded_before_it_is_heard_that_it_was_taken_it_pays_for_that() -> Non
         assert here.remaining == limit.capacity
         here.merge([taken], NOW_US + 3)
         assert here.remaining == limit.capacity
+
+
+@pytest.mark.parametrize("known", [0, 20, 50])
+@pytest.mark.parametrize("limit", [TOKENS, DAILY], ids=["tokens", "daily"])
+def test_what_was_taken_elsewhere_is_given_back_once_it_is_heard_of(limit: TokenBucketLimit, known: int) -> None:
+    here, there = bucket_of(limit, HERE, Journal()), bucket_of(limit, THERE, Journal())
+    there.take(known, NOW_US)
+    tell(there, here, NOW_US)
+    there.take(50 - known, NOW_US)
+    assert here.give_back(50, NOW_US) == known
+    # That a request used 7.
+    here.take(7, NOW_US)
+    for _ in range(2):
+        tell(there, here, NOW_US)
+        tell(here, there, NOW_US)
+    assert here.remaining == there.remaining == limit.capacity - 7
+
+
+def test_several_that_come_at_once_are_given_back_each() -> None:
+    here, there = bucket_of(DAILY, HERE, Journal()), bucket_of(DAILY, THERE, Journal())
+    for _ in range(3):
+        here.give_back(20, NOW_US)
+    for hits in (30, 30, 1):
+        there.take(hits, NOW_US)
+        tell(there, here, NOW_US)
+    assert here.remaining == DAILY.capacity - 1, "each once"
+
+
+def test_what_is_heard_of_too_late_is_not_given_back() -> None:
+    here, there = bucket_of(DAILY, HERE, Journal()), bucket_of(DAILY, THERE, Journal())
+    here.give_back(20, NOW_US)
+    there.take(20, NOW_US)
+    tell(there, here, NOW_US + EARLY_REFUND_US)
+    assert here.remaining == DAILY.capacity - 20
+
+
+def test_a_bucket_that_may_have_to_give_back_is_kept_and_asked_about() -> None:
+    journal = Journal()
+    bucket = bucket_of(DAILY, HERE, journal)
+    bucket.give_back(20, NOW_US)
+    assert journal.buckets == [bucket]
+    assert bucket.drain_changed_slots() == []
+    assert not bucket.is_idle(NOW_US + EARLY_REFUND_US - 1)
+    assert bucket.is_idle(NOW_US + EARLY_REFUND_US)
 
 
 def test_a_bucket_that_was_refunded_is_forgotten_like_any_other() -> None:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from persistence.redis_server import SERVERS, WITHIN_S, RedisServer, free_port_numbers, needs_redis
-from persistence.test_snapshot import LIMITS, NOW_US, SECOND_US, make_store, take
+from persistence.test_snapshot import LIMITS, NOW_US, RULES, SECOND_US, make_store, take
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
@@ -59,6 +59,12 @@ class Sidecar:
         take(self.store, name, value, hits, self.now_us)
         self.fabric.note(self.store.drain_changes())
 
+    def give_back(self, value: str, hits: int, name: str) -> None:
+        match = RULES.match("api", [(name, value)])
+        assert match is not None
+        self.store.bucket(match.bucket_key, LIMITS[name], self.now_us).give_back(hits, self.now_us)
+        self.fabric.note(self.store.drain_changes())
+
     async def share(self) -> None:
         await self.fabric.share()
         assert self.fabric.status.degraded_reason == ""
@@ -96,6 +102,16 @@ async def test_what_one_takes_the_others_know_after_a_tick_of_each(server: Redis
         # What others took is placed in the middle of its slot.
         whole = LIMITS[name].capacity
         assert a.left(name) == b.left(name) == pytest.approx([whole - 15], abs=whole / 64)
+
+
+async def test_what_was_held_at_one_is_given_back_at_another_that_has_never_used_it(server: RedisServer) -> None:
+    async with sidecars(server, "a", "b") as (a, b):
+        a.take("x", 10, "tokens")
+        b.give_back("x", 10, "tokens")
+        for each in (a, b, b, a):
+            await each.share()
+            each.fabric.note(each.store.drain_changes())
+        assert a.left("tokens") == b.left("tokens") == [LIMITS["tokens"].capacity]
 
 
 async def test_it_asks_about_buckets_in_use_here_only(server: RedisServer) -> None:
