@@ -49,9 +49,15 @@ from ratelimit_sidecar.crdt.store import LimitOfKey, Store
 from ratelimit_sidecar.limiter.fullest import FullestBuckets
 from ratelimit_sidecar.limiter.key import rule_key
 from ratelimit_sidecar.limiter.limiter import Limiter, Retired
-from ratelimit_sidecar.limiter.quota import Quotas
+from ratelimit_sidecar.limiter.quota import BUCKET_BYTES, MAX_ENVOY_BUCKETS, MAX_POOLS, Quotas
 from ratelimit_sidecar.limiter.rules import Rules
-from ratelimit_sidecar.memory_limit import bytes_a_bucket, less_in_little_memory, max_buckets, memory_limit_bytes
+from ratelimit_sidecar.memory_limit import (
+    bytes_a_bucket,
+    fewer_in_little_memory,
+    less_in_little_memory,
+    max_buckets,
+    memory_limit_bytes,
+)
 from ratelimit_sidecar.mesh_status import MembershipStatus, PeerStatus
 from ratelimit_sidecar.persistence.purse_file import PurseFile
 from ratelimit_sidecar.persistence.snapshot_file import SnapshotFile
@@ -60,6 +66,7 @@ from ratelimit_sidecar.replication.bounds import MeshBounds
 from ratelimit_sidecar.replication.demands import QuotaDemands
 from ratelimit_sidecar.replication.mesh import Mesh
 from ratelimit_sidecar.replication.payments import PaymentExchange
+from ratelimit_sidecar.replication.stream_io import MAX_RECEIVED_BYTES
 from ratelimit_sidecar.replication.tls import NodeCertificate
 from ratelimit_sidecar.rules_source.files import RulesFiles
 from ratelimit_sidecar.rules_source.reloader import Reloader
@@ -185,6 +192,7 @@ class Sidecar:
         mesh_bounds = replace(
             MESH_BOUNDS,
             connections=file_limits.mesh,
+            streams=fewer_in_little_memory(MESH_BOUNDS.streams, MAX_RECEIVED_BYTES, memory_bytes),
             key_id_bytes=less_in_little_memory(MESH_BOUNDS.key_id_bytes, memory_bytes),
         )
         self._tracing = start_tracing(config.node.id, config.node.region)
@@ -195,7 +203,13 @@ class Sidecar:
             self._use_rules, self.clock.now_us, source_name, loaded=rules if config.xds is None else None
         )
         waits_for_rules = config.xds is not None and config.xds.before_rules == "error"
-        quotas = Quotas(self.limiter, self._strict_us(), self.clock.now_us)
+        quotas = Quotas(
+            self.limiter,
+            self._strict_us(),
+            self.clock.now_us,
+            max_pools=fewer_in_little_memory(MAX_POOLS, BUCKET_BYTES, memory_bytes),
+            max_envoy_buckets=fewer_in_little_memory(MAX_ENVOY_BUCKETS, BUCKET_BYTES, memory_bytes),
+        )
         self._turns = Turns()
         self._quotas = QuotaService(quotas, self._strict_us, waits_for_rules=waits_for_rules, turns=self._turns)
         self._mesh = self._make_mesh(mesh_bounds)

@@ -26,8 +26,13 @@ BUCKETS_SHARE: Final = 2
 OTHER_SHARE: Final = 8
 """Nothing else that clients or peers can fill may take more than an eighth of the memory."""
 
+NODES: Final = 8
+"""Of a mesh, at least: names of peers may have many addresses."""
+
 # The most that one takes, in bytes (docs/sizing.md).
 _TOKEN_BUCKET: Final = 1_600
+_SHARED_BUCKET: Final = 1_500
+_SHARED_BUCKET_OF_NODE: Final = 250
 _SLIDING_WINDOW: Final = 7_500
 _STRICT_BUCKET: Final = 1_400
 _STRICT_BUCKET_OF_MEMBER: Final = 200
@@ -66,7 +71,8 @@ def _cgroup_limits(root: Path) -> Iterator[int]:
 
 
 def bytes_a_bucket(config: SidecarConfig, rules: Iterable[Rule]) -> int:
-    """The most that one of `max_buckets` takes; of a sliding window, where one other node takes from it, twice as much.
+    """The most that one of `max_buckets` takes, if all nodes take from it; of a sliding window twice as much where one
+    other node does.
 
     Args:
         rules: that are known at the start.
@@ -77,6 +83,9 @@ def bytes_a_bucket(config: SidecarConfig, rules: Iterable[Rule]) -> int:
         isinstance(rule.limit, WindowLimit) and rule.limit.window is Window.SLIDING for rule in rules
     )
     shared = _SLIDING_WINDOW if slides else _TOKEN_BUCKET
+    if config.sync.peers:
+        nodes = max(NODES, 1 + len(config.sync.peers))
+        shared = max(shared, _SHARED_BUCKET + _SHARED_BUCKET_OF_NODE * nodes)
     if config.membership is None:
         return shared
     return shared + _STRICT_BUCKET + _STRICT_BUCKET_OF_MEMBER * len(config.membership.weights)
@@ -93,3 +102,8 @@ def max_buckets(config: SidecarConfig, rules: Iterable[Rule], limit_bytes: int) 
 def less_in_little_memory(most_bytes: int, limit_bytes: int) -> int:
     """How much what clients or peers can fill may take, `most_bytes` if there is much memory."""
     return min(most_bytes, limit_bytes // OTHER_SHARE)
+
+
+def fewer_in_little_memory(most: int, each_bytes: int, limit_bytes: int) -> int:
+    """How many there may be of what clients or peers can make, `most` if there is much memory."""
+    return min(most, limit_bytes // OTHER_SHARE // each_bytes)

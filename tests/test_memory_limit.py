@@ -10,7 +10,13 @@ import pytest
 from ratelimit_sidecar.config.sidecar_schema import FabricConfig, SidecarConfig, SyncConfig
 from ratelimit_sidecar.crdt.limit import Window, WindowLimit
 from ratelimit_sidecar.limiter.rules import Rule
-from ratelimit_sidecar.memory_limit import bytes_a_bucket, less_in_little_memory, max_buckets, memory_limit_bytes
+from ratelimit_sidecar.memory_limit import (
+    bytes_a_bucket,
+    fewer_in_little_memory,
+    less_in_little_memory,
+    max_buckets,
+    memory_limit_bytes,
+)
 
 MIB = 1_024 * 1_024
 MACHINE = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -60,6 +66,13 @@ def test_buckets_have_room_in_half_of_the_memory(config: SidecarConfig, limit: i
     assert most == 10_000 or limit // 2 - each < most * each <= limit // 2
 
 
+@pytest.mark.parametrize(("peers", "each"), [(0, 1_600), (1, 3_500), (7, 3_500), (11, 4_500)])
+def test_in_a_mesh_a_bucket_takes_more(peers: int, each: int) -> None:
+    """A name of peers may have many addresses, so there are eight nodes at least."""
+    config = SidecarConfig(sync=SyncConfig(peers=[f"peer-{number}.example:50051" for number in range(peers)]))
+    assert bytes_a_bucket(config, ()) == each
+
+
 def test_there_are_a_million_where_there_is_room() -> None:
     assert max_buckets(EVENTUAL, (), 64 * 1_024 * MIB) == 1_000_000
 
@@ -81,3 +94,4 @@ def test_what_is_configured_counts() -> None:
 )
 def test_what_clients_can_fill_may_take_an_eighth_of_little_memory(limit: int, bound: int) -> None:
     assert less_in_little_memory(256 * MIB, limit) == bound
+    assert fewer_in_little_memory(256, MIB, limit) == bound // MIB

@@ -589,9 +589,9 @@ class SidecarConfig(Section):
         MaxBuckets | None, ShownDefault(f"as many as have room in half of the memory, {DEFAULT_MAX_BUCKETS} at most")
     ] = Field(
         None,
-        description="Buckets kept at once, of strict limits and of others each; 440 bytes to 1.6 kB a bucket, with"
-        " sliding windows, strict limits and a fabric more. Beyond, new keys of a rule share overflow buckets. The"
-        " memory is that of the cgroup (a container's limit), or of the machine.",
+        description="Buckets kept at once, of strict limits and of others each; 440 bytes to 1.6 kB a bucket, in a mesh"
+        " 3.5 kB, with sliding windows, strict limits and a fabric more. Beyond, new keys of a rule share"
+        " overflow buckets. The memory is that of the cgroup (a container's limit), or of the machine.",
     )
     persistence: PersistenceConfig | None = Field(
         None, description="Where buckets are kept across restarts; not at all when this key is not there."

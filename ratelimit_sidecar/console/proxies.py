@@ -38,6 +38,9 @@ KEPT_HEAD_BYTES: Final = MAX_HEAD_BYTES + PIECE_BYTES
 MAX_UNREAD_BYTES: Final = 128 * 1_024 * 1_024
 """An address may hold a third of it: a head for each of its connections."""
 
+HEADER_BYTES: Final = 200
+"""What h11 and uvicorn keep of a short header until the request's body is there."""
+
 MAKE_ROOM: Final = 2
 """So many idle connections are closed for a new one: what is free, and what its address has, may each be one short."""
 
@@ -109,6 +112,8 @@ class ProxyConnection(BoundedConnection):
         self._queue = budget.call_queue
         self._unread = bytearray()
         """Received bytes that wait for a turn."""
+        self._waiting_bytes = 0
+        """Of the headers of a request whose body is not there, counted in the budget."""
         self._is_in_line = False
         self._has_left = False
 
@@ -146,8 +151,9 @@ class ProxyConnection(BoundedConnection):
         if not self._has_left:
             self._has_left = True
             self._queue.on_waiting.discard(self._stand_in_line)
-            self.budget.count(-len(self._unread))
+            self.budget.count(-len(self._unread) - self._waiting_bytes)
             self._unread.clear()
+            self._waiting_bytes = 0
             self._places.leave(self)
 
     def _keep(self, data: bytes) -> None:
@@ -199,9 +205,19 @@ class ProxyConnection(BoundedConnection):
         else:
             super()._end_slow_request()
 
+    def _count_waiting(self) -> None:
+        waiting = HEADER_BYTES * len(self.headers) if self.conn.their_state is h11.SEND_BODY else 0
+        more = waiting - self._waiting_bytes
+        if more > 0 and not self.budget.allows(len(self._unread) + waiting, more):
+            self.abort()
+            return
+        self.budget.count(more)
+        self._waiting_bytes = waiting
+
     def _watch(self) -> None:
         super()._watch()
         if not self._has_left:
+            self._count_waiting()
             self._places.note_idle(self, is_idle=self.is_idle and not self._is_in_line)
             if self.is_at_work and self._places.is_crowded(self) and CLOSE_HEADER not in self.headers:
                 # uvicorn answers as if the proxy had asked for it.

@@ -435,6 +435,12 @@ class Bucket(ABC):
         """
         return None
 
+    def forget_slots(self) -> None:
+        """Free what it holds, now that it is idle and the store has dropped it: plans may refer to it for long."""
+        self._own_slot, self._own_tokens = NO_SLOT, 0
+        self._own = self._received = self._received_tokens = None
+        self._received_entries = 0
+
     @property
     def _holds_nothing(self) -> bool:
         """True when there are no slots, and none to send."""

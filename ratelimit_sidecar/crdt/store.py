@@ -28,7 +28,7 @@ from ratelimit_sidecar.crdt.window import FixedWindow, SlidingWindow
 
 DEFAULT_MAX_BUCKETS: Final = 1_000_000
 """About 0.44 GB of buckets with one slot each, the plans of their requests included (`benchmarks.keys`), and 1.6 GB
-with as many slots as there may be.
+with as many slots as there may be, if no other node takes from them.
 """
 
 SLOTS_A_BUCKET: Final = 4
@@ -271,6 +271,7 @@ class Store:
                 del self._buckets[bucket.key]
                 self.places.give_back(bucket.key)
                 self.removals += 1
+                bucket.forget_slots()
             elif isinstance(bucket, TokenBucket):
                 self._slots_seen += bucket.slots
         if self.places.is_ample:

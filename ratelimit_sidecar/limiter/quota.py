@@ -93,6 +93,9 @@ MAX_ENVOY_BUCKETS: Final = 65_536
 assignment, so the Envoy acts as it is configured to without one.
 """
 
+BUCKET_BYTES: Final = 8_000
+"""What a bucket takes that has a pool of its own and 30 short pairs."""
+
 MAX_POOL_BUCKETS: Final = 2_048
 """The most buckets in a pool, which is divided in one go; twice as many as streams, of which each usually has one."""
 

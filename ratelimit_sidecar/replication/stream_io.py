@@ -11,7 +11,7 @@ import asyncio
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Final, Protocol
 
 import grpc
 import grpc.aio
@@ -27,9 +27,13 @@ SERVICE = DESCRIPTOR.services_by_name["Replication"].full_name
 METHOD = f"/{SERVICE}/Sync"
 """The gRPC method whose calls carry streams."""
 
+MAX_RECEIVED_BYTES: Final = MAX_FRAME_BYTES + 1_024
+"""A little above what a session takes, so that the session can say what is wrong; beyond this the C core does. It keeps
+so much of a message that is not complete.
+"""
+
 OPTIONS = (
-    # Above what a session takes, so that the session can say what is wrong; beyond this the C core does.
-    ("grpc.max_receive_message_length", 4 * MAX_FRAME_BYTES),
+    ("grpc.max_receive_message_length", MAX_RECEIVED_BYTES),
     # Frames come as they are: compressed, a small one could unpack to a thousand times as much.
     ("grpc.compression_enabled_algorithms_bitset", 1 << grpc.Compression.NoCompression.value),
     # Sessions notice a dead peer by its silence; this frees the sockets of connections whose other end has vanished.

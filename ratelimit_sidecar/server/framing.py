@@ -64,8 +64,14 @@ def compressed(flags: int, metadata: Metadata) -> RpcError:
 
 
 def percent_encode(text: str) -> bytes:
-    """A status message as the value of `grpc-message`."""
-    return quote(text[:MAX_STATUS_TEXT], safe=_PLAIN, errors="replace").encode("ascii")
+    """A status message as the value of `grpc-message`, of at most `MAX_STATUS_TEXT` bytes."""
+    encoded = quote(text[:MAX_STATUS_TEXT], safe=_PLAIN, errors="replace").encode("ascii")
+    if len(encoded) <= MAX_STATUS_TEXT:
+        return encoded
+    cut = encoded[:MAX_STATUS_TEXT]
+    # Of a percent sign and two digits all or none.
+    start = cut.rfind(b"%", -2)
+    return cut if start < 0 else cut[:start]
 
 
 def _what_is_wrong(body: bytes, metadata: Metadata) -> RpcError:

@@ -64,7 +64,11 @@ make it send as many as they like, and with the connection all its other calls w
 """
 
 FEW_BYTES: Final = 16_384
-"""A client is not disconnected for bytes that wait (for its window, or to be handled) as long as they are this few."""
+"""A client is not disconnected for bytes that wait (for its window or its socket, or to be handled) as long as they are
+this few."""
+
+MAX_SHOWN_PATH: Final = 100
+"""So many bytes of an unknown method are in the answer, lest requests of a few bytes have answers of kilobytes."""
 
 DATA_FRAME_BYTES: Final = 16_384
 """The largest DATA frame, unless its receiver asks for larger ones (RFC 9113, section 4.2)."""
@@ -161,8 +165,9 @@ class Connection:
         self._amid_headers_of, self._amid_headers_since_s = 0, now_s
         self._unhandled = 0
         """The memory of bytes that were read and not yet passed to `receive`, counted in the budget."""
-        self._amid_headers = 0
-        """The memory of headers that are not complete, counted in the budget."""
+        self._amid_headers = self._unread = 0
+        """The memory of headers that are not complete, and of answers that the socket has not taken, counted in the
+        budget."""
         self._untaken_since_s = now_s
         self._due = 0
         """The count of bytes taken by the client (since the start) at which all that waited at `_untaken_since_s` is
@@ -214,6 +219,16 @@ class Connection:
         self._unhandled = size
         self._count(more)
 
+    def count_unread(self, size: int) -> bool:
+        """Note the memory of answers that the socket did not take yet. Returns False if that is more than the budget
+        allows: disconnect the client at once, as to close waits until it has read them.
+        """
+        more = size - self._unread
+        has_room = self._has_room(size, more)
+        self._unread = size
+        self._count(more)
+        return has_room
+
     def _count_amid_headers(self) -> None:
         """Note the memory of headers that are not complete. As `count_unhandled`."""
         size = self._session.amid_header_bytes
@@ -257,7 +272,7 @@ class Connection:
         elif not _is_grpc(request.get(b"content-type") or b""):
             self._respond(request, ((b":status", b"415"), *_PLAIN_TEXT), _NO_GRPC)
         elif not is_known:
-            path = request.path.decode("utf-8", "replace")
+            path = request.path[:MAX_SHOWN_PATH].decode("ascii", "backslashreplace")
             self._refuse(request, RpcError(Code.UNIMPLEMENTED, f"unknown method {path}"))
         elif request.get(b"te") != b"trailers":
             missing = "gRPC needs the header 'te: trailers'; a proxy may have removed it"
@@ -681,7 +696,7 @@ class Connection:
         """Free the memory that its calls count in the budget. Call it once, when the transport is gone."""
         self.closed = True
         self._budget.count(-self._held)
-        self._held = self._unhandled = self._amid_headers = self._untaken = 0
+        self._held = self._unhandled = self._amid_headers = self._untaken = self._unread = 0
         self._incomplete.clear()
         self._deferred.clear()
         self._streaming.clear()

@@ -184,6 +184,7 @@ class GrpcProtocol:
     def pause_writing(self) -> None:
         self._is_paused = True
         self._stop_reading()
+        self._count_unread()
 
     def resume_writing(self) -> None:
         self._is_paused = False
@@ -191,6 +192,13 @@ class GrpcProtocol:
         if self._is_behind():
             self._stand_in_line()
         self._resume_reading()
+
+    def _count_unread(self) -> None:
+        transport = self._transport
+        if transport is not None and not self._connection.count_unread(transport.get_write_buffer_size()):
+            self._is_closing = True
+            self._shared.counts.closed_connections["limit"] += 1
+            transport.abort()
 
     def connection_lost(self, _error: Exception | None) -> None:
         """Thousands may be lost at once, so what they held is freed in turns."""
@@ -223,6 +231,7 @@ class GrpcProtocol:
                 self._shared.counts.closed_connections["stalled"] += 1
             transport.abort()
             return
+        self._count_unread()
         self._connection.check(now_s)
         self._flush()
 

@@ -13,7 +13,7 @@ from console.running_console import GET, App, Client, connect, running, until
 from freed import frees_itself
 
 from ratelimit_sidecar.console.bounds import DEFAULT_BOUNDS
-from ratelimit_sidecar.console.proxies import KEPT_HEAD_BYTES, ProxyConnection, ProxyPlaces
+from ratelimit_sidecar.console.proxies import HEADER_BYTES, KEPT_HEAD_BYTES, ProxyConnection, ProxyPlaces
 from ratelimit_sidecar.server.turns import StepQueue, Turns
 
 GET_SLOW = GET.replace(b"/ ", b"/slow ", 1)
@@ -232,6 +232,28 @@ async def test_who_lets_too_much_wait_for_its_turn_is_disconnected() -> None:
         is_over.set()
         await client.closed()
         await answered(other)
+
+
+WITHOUT_BODY = POST[:-2] + b"".join(b"h%d: 1\r\n" % number for number in range(100)) + b"\r\n"
+
+
+async def test_the_headers_of_a_request_whose_body_is_not_there_count_as_memory() -> None:
+    places = ProxyPlaces(4, Turns())
+    async with running(proxies=places) as server, connect(server) as client:
+        client.send(WITHOUT_BODY)
+        await until(lambda: sum(each.budget.held for each in connections()) == 102 * HEADER_BYTES)
+        client.send(bytes(200_000))
+        assert await client.status() == 200
+        assert [each.budget.held for each in connections()] == [0]
+
+
+async def test_who_has_too_many_headers_wait_for_a_body_is_disconnected() -> None:
+    places = ProxyPlaces(4, Turns(), unread_bytes=8 * 100 * HEADER_BYTES)
+    async with running(proxies=places) as server, connect(server) as client, connect(server) as other:
+        client.send(WITHOUT_BODY)
+        assert await client.closed() == b""
+        await answered(other)
+        assert {each.budget.held for each in connections()} == {0}
 
 
 async def test_of_heads_that_are_too_long_little_is_kept_and_each_is_refused() -> None:

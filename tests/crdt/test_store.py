@@ -45,6 +45,16 @@ def test_a_bucket_is_dropped_once_it_is_full_and_its_slots_are_behind_the_horizo
     assert (len(store), store.removals) == (0, 1)
 
 
+def test_a_bucket_that_was_dropped_holds_nothing_for_plans_that_know_it() -> None:
+    store = make_store()
+    bucket = store.bucket(b"known", LIMIT, NOW_US)
+    bucket.take(1, NOW_US)
+    bucket.merge([Entry(THERE, slot_id(NOW_US, LIMIT.exponent), 1)], NOW_US)
+    store.drain_changes()
+    store.sweep(NOW_US + 2 * LIMIT.horizon_us, max_buckets=10)
+    assert (len(store), list(bucket.entries())) == (0, [])
+
+
 HOURLY = TokenBucketLimit(tokens=1_000, period_us=3_600_000_000, capacity=1_000)
 SLOT_US = 1 << HOURLY.exponent
 

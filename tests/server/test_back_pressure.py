@@ -10,6 +10,7 @@ import socket
 import ssl
 import termios
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,15 @@ from server.raw_http2 import client_connection
 from server.tls_records import RecordWriter
 from server.work_clock import PerTurn, WorkClock
 
-from ratelimit_sidecar.server.bounds import DEFAULT_BOUNDS
+from ratelimit_sidecar.server.bounds import DEFAULT_BOUNDS, ServerBounds
 from ratelimit_sidecar.server.budget import AddressBudget
-from ratelimit_sidecar.server.grpc_protocol import LARGE_READ_NS, READ_NS, FrontEndState, GrpcProtocol
+from ratelimit_sidecar.server.grpc_protocol import (
+    LARGE_READ_NS,
+    MAX_WRITE_BUFFER_BYTES,
+    READ_NS,
+    FrontEndState,
+    GrpcProtocol,
+)
 from ratelimit_sidecar.server.tls import ServerCertificate
 from ratelimit_sidecar.server.tls_session import TlsSession
 from ratelimit_sidecar.server.turns import QUANTUM_NS, Turns
@@ -36,6 +43,7 @@ class Server:
 
     def __init__(self, shared: FrontEndState) -> None:
         self._shared = shared
+        self.closed = shared.counts.closed_connections
         self.transports: list[asyncio.Transport] = []
         self.clients: list[socket.socket] = []
 
@@ -66,9 +74,9 @@ class Server:
 
 
 @contextlib.asynccontextmanager
-async def serving(turns: Turns) -> AsyncIterator[Server]:
+async def serving(turns: Turns, bounds: ServerBounds = DEFAULT_BOUNDS) -> AsyncIterator[Server]:
     async with asyncio.TaskGroup() as tasks:
-        server = Server(FrontEndState({}, DEFAULT_BOUNDS, tasks, turns))
+        server = Server(FrontEndState({}, bounds, tasks, turns))
         yield server
         for transport, client in zip(server.transports, server.clients, strict=True):
             transport.abort()
@@ -96,6 +104,38 @@ async def test_while_answers_wait_for_a_client_nothing_more_of_it_is_read() -> N
         assert server.being_read() == []
         protocol.resume_writing()
         assert server.being_read() == [0]
+
+
+@pytest.mark.parametrize("size", [100_000, MAX_WRITE_BUFFER_BYTES + 1])
+async def test_answers_that_a_client_does_not_read_count_as_its_memory(size: int) -> None:
+    async with serving(Turns()) as server:
+        protocol, budget = await server.connect("a client")
+        transport, client = server.transports[0], server.clients[0]
+        while transport.get_write_buffer_size() < size:
+            transport.write(bytes(size))
+        if size <= MAX_WRITE_BUFFER_BYTES:
+            protocol.check(0)
+        assert budget.held == transport.get_write_buffer_size()
+        client.setblocking(False)
+        while transport.get_write_buffer_size():
+            with contextlib.suppress(BlockingIOError):
+                client.recv(1 << 20)
+            await asyncio.sleep(0)
+        protocol.check(0)
+        assert budget.held == 0
+
+
+@pytest.mark.parametrize("size", [100_000, MAX_WRITE_BUFFER_BYTES + 1])
+async def test_a_client_for_whose_unread_answers_there_is_no_room_is_cut_off(size: int) -> None:
+    async with serving(Turns(), replace(DEFAULT_BOUNDS, held_bytes=8 * 90_000)) as server:
+        protocol, budget = await server.connect("a client")
+        transport = server.transports[0]
+        while transport.get_write_buffer_size() < size and not transport.is_closing():
+            transport.write(bytes(size))
+        protocol.check(0)
+        assert server.closed["limit"] == 1
+        await until(lambda: budget.connections == 0)
+        assert budget.held == 0
 
 
 async def test_when_an_address_has_to_wait_none_of_its_connections_is_read_before_its_turn() -> None:

@@ -1,4 +1,5 @@
 import contextlib
+import re
 from urllib.parse import unquote
 
 import pytest
@@ -61,7 +62,7 @@ def test_an_uncompressed_message_is_taken_from_a_client_that_could_compress() ->
     assert unframe(frame(b"plain"), GZIP) == b"plain"
 
 
-@given(st.text(max_size=MAX_STATUS_TEXT))
+@given(st.text(max_size=MAX_STATUS_TEXT // 12))
 def test_a_status_message_is_printable_ascii_and_decodes_to_itself(text: str) -> None:
     encoded = percent_encode(text)
     assert all(0x20 <= byte <= 0x7E for byte in encoded)
@@ -70,6 +71,13 @@ def test_a_status_message_is_printable_ascii_and_decodes_to_itself(text: str) ->
 
 def test_a_status_message_is_cut_to_fit_a_header() -> None:
     assert len(percent_encode("x" * (MAX_STATUS_TEXT + 1))) == MAX_STATUS_TEXT
+
+
+@pytest.mark.parametrize("before", range(4))
+def test_a_status_message_of_escapes_is_cut_between_two(before: int) -> None:
+    encoded = percent_encode("x" * before + "\ufffd" * MAX_STATUS_TEXT)
+    assert MAX_STATUS_TEXT - 2 <= len(encoded) <= MAX_STATUS_TEXT
+    assert re.fullmatch(rb"x*(%[0-9A-F]{2})+", encoded)
 
 
 def test_a_status_message_survives_text_that_is_not_unicode() -> None:

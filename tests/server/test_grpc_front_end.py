@@ -77,6 +77,13 @@ async def test_an_unknown_method_is_unimplemented() -> None:
     assert unquote(answer.message.decode()) == "unknown method /test.Echo/Nothing"
 
 
+async def test_the_answer_to_an_unknown_method_is_short_whatever_its_name() -> None:
+    async with running("h2", ECHO) as front_end, connected(front_end.addresses[0]) as client:
+        answer = await client.call(b"/" + b"\xff" * 1_000, frame(b"hello"))
+    assert answer.code == Code.UNIMPLEMENTED
+    assert len(answer.message) < 500
+
+
 async def test_a_client_that_cannot_read_trailers_is_told_so() -> None:
     async with running("h2", ECHO) as front_end, connected(front_end.addresses[0]) as client:
         answer = await client.call(PATH, frame(b"hello"), [(b"content-type", b"application/grpc")])
