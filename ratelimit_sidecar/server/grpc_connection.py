@@ -646,7 +646,10 @@ class Connection:
     def _check_output(self, now_s: float) -> None:
         """Disconnect a client that does not take in time what waits for it."""
         session = self._session
-        if not session.unsent or session.taken >= self._due:
+        # While its socket takes nothing there is no `output`.
+        if session.unsent and not self._count_untaken():
+            self.terminate(ENHANCE_YOUR_CALM, "stalled")
+        elif not session.unsent or session.taken >= self._due:
             self._untaken_since_s = now_s
             self._due = session.taken + session.unsent
         elif now_s - self._untaken_since_s >= self._bounds.stalled:

@@ -233,6 +233,8 @@ class GrpcProtocol:
             return
         self._count_unread()
         self._connection.check(now_s)
+        if self._is_paused and self._connection.closed:
+            transport.abort()
         self._flush()
 
     def drain(self) -> None:

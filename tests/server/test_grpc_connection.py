@@ -229,6 +229,20 @@ def test_a_streaming_call_comes_out_in_parts() -> None:
     assert pair.budget.held == 0
 
 
+def test_what_is_said_while_the_socket_takes_nothing_counts_at_the_next_check() -> None:
+    pair = Pair(Budget(8 * 200_000))
+    stream_id = pair.open(STREAM_HEADERS)
+    pair.exchange()
+    before = pair.budget.held
+    pair.server.send(stream_id, bytes(100_000))
+    pair.server.check(0.5)
+    assert pair.budget.held >= before + 100_000
+    pair.server.send(stream_id, bytes(100_000))
+    pair.server.check(1.0)
+    assert pair.server.closed
+    assert pair.counts.closed_connections["stalled"] == 1
+
+
 def test_what_a_streaming_call_has_not_used_keeps_its_room_though_its_client_is_done() -> None:
     """Otherwise a client could leave a whole window with each of its calls."""
     pair = Pair()
