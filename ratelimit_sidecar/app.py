@@ -437,6 +437,9 @@ class Sidecar:
             degraded.append("calls or connections were refused in the last minute, since others take too much room")
         if self._snapshots is not None and self._snapshots.status.degraded_reason:
             degraded.append(f"the state is not kept: {self._snapshots.status.degraded_reason}")
+        if self._purses is not None and self._purses.degraded_reason:
+            why = f"what was kept of them cannot be deleted: {self._purses.degraded_reason}"
+            degraded.append(f"strict limits have only what peers lend: {why}")
         if self._redis is not None and self._redis.status.degraded_reason:
             degraded.append(f"the state is not kept in Redis: {self._redis.status.degraded_reason}")
         if self._fabric is not None and self._fabric.status.degraded_reason:
@@ -547,6 +550,8 @@ class Sidecar:
         if snapshots is not None:
             yield "snapshots", lambda: self._when_restored(snapshots.run)
             yield "put_off", lambda: self._when_restored(snapshots.join_put_off)
+        if self._purses is not None:
+            yield "purses", self._purses.run
         yield "quotas", self._quotas.run
         if self._redis is not None:
             yield "redis", self._redis.run

@@ -113,6 +113,8 @@ class Shares:
     `MAX_CONFLICTS` are kept."""
     is_id_taken: bool = False
     """Another process has this node's id, and the home of it."""
+    are_purses_kept: bool = False
+    """A former life's purses are in a file that cannot be deleted: a later life may spend them (`purse_file`)."""
     from_us: int = field(init=False)
     """When the home begins."""
     _behind: list[tuple[Mapping[str, int], set[str]]] = field(default_factory=list)
@@ -195,6 +197,6 @@ class Shares:
         if self.membership.previous is not None and not self.is_epoch_everywhere:
             found.append(self.membership.previous)
             found += [weights for weights, _ in self._behind]
-        if self.is_id_taken:
+        if self.is_id_taken or self.are_purses_kept:
             found.append(_WITHOUT_THIS_NODE)
         return found + [shown.weights for peer, shown in self.conflicts.items() if self.is_member(peer)]

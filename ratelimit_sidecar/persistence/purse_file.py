@@ -3,7 +3,8 @@
     file = magic hash of holder { key amount }* checksum      hash, key = length:2 bytes      amount = 8 bytes
 
 It is written when nothing is admitted or paid any more, and is gone, for certain, before this replica admits anything
-again. So what is kept is only moved, as if this replica had held it all the time: no purse ever has more than it had.
+again, but for what peers lend: while it cannot be deleted, as on a disk that has become read-only, this replica has no
+home. So what is kept is only moved, as if this replica had held it all the time: no purse ever has more than it had.
 The holder is a node in a membership: under another one, others may have got its home meanwhile. A process that is
 killed writes no file, and begins with empty purses. An amount is in 2**-32 tokens, below 0 what is owed; numbers are
 little-endian.
@@ -15,6 +16,7 @@ import asyncio
 import os
 import struct
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Final
@@ -35,6 +37,8 @@ _LENGTH: Final = struct.Struct("<H")
 _AMOUNT: Final = struct.Struct("<q")
 _CHECKSUM: Final = struct.Struct("<I")
 
+RETRY_SECONDS: Final = 10.0
+
 _log = structlog.stdlib.get_logger(__name__)
 
 
@@ -43,7 +47,8 @@ class BadPurses(Exception):
 
 
 class PurseFile:
-    """The file of the purses in a ledger. Call `restore` before the ledger is used, and `keep` at a clean stop.
+    """The file of the purses in a ledger. Call `restore` before the ledger is used, then `run`, and `keep` at a clean
+    stop.
 
     Args:
         state: the snapshot's file, beside which this one is.
@@ -54,6 +59,8 @@ class PurseFile:
         self._path = state.with_name(state.name + ENDING)
         self._ledger = ledger
         self._holder = "" if ledger is None else holder_of(ledger.shares.node, ledger.shares.membership)
+        self.degraded_reason = ""
+        """Why the file cannot be deleted; "" if it is gone, as it should be."""
 
     async def restore(self) -> None:
         """Put back into the purses what is in the file, which is gone then. An error is logged."""
@@ -63,6 +70,23 @@ class PurseFile:
                 self._ledger.restore(kept)
         except (OSError, BadPurses) as error:
             _log.error("purses_not_restored", file=str(self._path), reason=str(error))
+            if isinstance(error, OSError):
+                self._note_kept(error.strerror or str(error))
+
+    async def run(self) -> None:
+        """Delete the file once that is possible, if it was not before."""
+        while self.degraded_reason:
+            await asyncio.sleep(RETRY_SECONDS)
+            with suppress(OSError):
+                with suppress(BadPurses):
+                    await asyncio.to_thread(take_purses, self._path, self._holder)
+                self._note_kept("")
+                _log.info("purses_deleted", file=str(self._path))
+
+    def _note_kept(self, reason: str) -> None:
+        self.degraded_reason = reason
+        if self._ledger is not None:
+            self._ledger.shares.are_purses_kept = bool(reason)
 
     async def keep(self) -> None:
         """Write what the purses have, once nothing is admitted or paid any more. An error is logged."""

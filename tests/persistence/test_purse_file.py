@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from ratelimit_sidecar.crdt.shares import Membership
+from ratelimit_sidecar.crdt.bucket import Origin
+from ratelimit_sidecar.crdt.ledger import Ledger
+from ratelimit_sidecar.crdt.shares import Membership, Shares
+from ratelimit_sidecar.persistence import purse_file
 from ratelimit_sidecar.persistence.purse_file import BadPurses, PurseFile, holder_of, take_purses, write_purses
 
 KEPT = {b"one": 5 << 32, b"\x00two \xff": -7, b"most": 1 << 62}
@@ -48,6 +51,30 @@ def test_without_members_a_file_from_before_is_deleted_and_none_is_written(tmp_p
     asyncio.run(purses.restore())
     asyncio.run(purses.keep())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_while_the_file_cannot_be_deleted_this_node_has_no_home_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(purse_file, "RETRY_SECONDS", 0.01)
+    shares = Shares(Membership(1, {"a": 1}), "a", 0)
+    file = tmp_path / "state.purses"
+    purses = PurseFile(tmp_path / "state", Ledger(shares, Origin("a", 1), lambda _key: None))
+    file.mkdir()
+
+    async def restore_and_run() -> None:
+        await purses.restore()
+        assert (shares.home_fraction(0), purses.degraded_reason) == (0, "Is a directory")
+        running = asyncio.create_task(purses.run())
+        await asyncio.sleep(0.05)
+        assert not running.done()
+        file.rmdir()
+        write_purses(file, "another", KEPT.items())
+        await running
+
+    asyncio.run(restore_and_run())
+    assert not file.exists()
+    assert (shares.home_fraction(0), purses.degraded_reason) == (1, "")
 
 
 def test_a_file_that_is_torn_damaged_or_foreign_is_not_used(tmp_path: Path) -> None:
