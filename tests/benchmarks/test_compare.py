@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,8 @@ from benchmarks.serving.requests import ONE_DESCRIPTOR, request
 from benchmarks.serving.servers import Server, Servers, running_servers
 
 pytestmark = pytest.mark.slow
+
+needs_h2load = pytest.mark.skipif(shutil.which("h2load") is None, reason="no h2load here")
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +75,7 @@ def test_another_server_is_given_by_its_address_and_may_have_a_name_and_a_proces
             RunningServer().convert(wrong, None, None)
 
 
+@needs_h2load
 def test_this_sidecar_another_build_and_another_server_are_asked_in_both_ways(servers: Servers) -> None:
     other = servers.sidecar("other", rules=RULES.format(domain="benchmark", key="tenant"))
     checkout = Path(__file__).parents[2]
@@ -96,6 +100,7 @@ def test_this_sidecar_another_build_and_another_server_are_asked_in_both_ways(se
     }
 
 
+@needs_h2load
 def test_a_server_whose_limit_is_used_up_by_the_load_has_no_figures(servers: Servers) -> None:
     narrow = RULES.format(domain="benchmark", key="tenant").replace("100000000", "400").replace("minute", "day")
     other = servers.sidecar("narrow-later", rules=narrow)
