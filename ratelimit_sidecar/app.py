@@ -527,7 +527,7 @@ class Sidecar:
             chore.cancel()
         # They are small, and may not be had from the last snapshot.
         if self._purses is not None:
-            await self._purses.keep()
+            await self._purses.keep(self._strict_us())
         if self._snapshots is not None and self.reloader.has_rules.is_set():
             if self._restoring is not None:
                 # The next snapshot replaces all that is in the file.

@@ -231,6 +231,9 @@ class GrantLedger(Ledger):
             bucket.set_limit(limit, strict_us)
         return bucket
 
+    def _may_drop(self, bucket: StrictBucket, strict_us: int) -> bool:
+        return bucket.is_idle(strict_us)
+
     def _make(self, key: bytes, limit: TokenBucketLimit, strict_us: int) -> StrictBucket:
         if not self.places.take(key):
             raise StoreFull

@@ -34,6 +34,11 @@ class Homes:
         """The instant of the last change; None before the home begins."""
         return self._changes[-1][0] if self._changes else None
 
+    @property
+    def is_one_and_whole(self) -> bool:
+        """True while the home has not changed since it began, and no other membership makes it smaller."""
+        return self.version == 1 and self._changes[0][1] == [self._shares.membership.weights]
+
     def look(self, strict_us: int) -> None:
         """Note whether other memberships are in force now."""
         changes, in_force = self._changes, self._shares.in_force(strict_us)

@@ -77,6 +77,10 @@ class Ledger:
         self._kept_order: deque[bytes] = deque()
         """The keys of `_kept`, and some that were restored already. (In a dict that was emptied from its front, finding
         the first key takes long.)"""
+        self._age_us = 0
+        """How long purses had refilled by then that were not kept, as they were full or nobody had used them."""
+        self._is_without_age = set[bytes]()
+        """Purses that were made before their home began, and have not got that refill yet."""
 
     def __len__(self) -> int:
         return len(self._policies)
@@ -99,6 +103,9 @@ class Ledger:
         policy = self._policies.get(key)
         if policy is None:
             bucket = self._make(key, limit, strict_us)
+            if self._age_us and key not in self._kept:
+                self._is_without_age.add(key)
+                self._add_age(bucket)
             if self._kept:
                 self._restore(bucket)
             return bucket
@@ -108,6 +115,8 @@ class Ledger:
             bucket.set_home(self.shares.home(key, limit.capacity, strict_us), strict_us)
         elif bucket.home_version != self._homes.version:
             bucket.advance(strict_us)
+        if self._is_without_age:
+            self._add_age(bucket)
         if self._kept:
             self._restore(bucket)
         return bucket
@@ -118,22 +127,41 @@ class Ledger:
         self._sweep_order.clear()
         yield from self._policies.clear()
 
-    def amounts_to_keep(self) -> Iterator[tuple[bytes, int]]:
+    def amounts_to_keep(self, strict_us: int) -> Iterator[tuple[bytes, int]]:
         """What each purse has, by key; below 0 what it owes. Call it at a stop, when no purse is taken from or pays any
-        more: tokens that leave a purse after this would be spent twice."""
+        more: tokens that leave a purse after this would be spent twice. Purses that are not among them have refilled
+        for `age_to_keep`."""
         for key, amount in self._kept.items():
             if self.limit_of_key(key) is not None:
                 yield key, amount
         for bucket in self.walk():
-            amount = bucket.level // bucket.limit.period_us
-            if amount and bucket.key not in self._kept:
-                yield bucket.key, amount
+            if bucket.key in self._kept:
+                continue
+            bucket.advance(strict_us)
+            self._add_age(bucket)
+            if bucket.level or bucket.key not in self._is_without_age:
+                yield bucket.key, bucket.level // bucket.limit.period_us
 
-    def restore(self, kept: Mapping[bytes, int]) -> None:
+    def age_to_keep(self, strict_us: int) -> int:
+        """How long purses have refilled that are not among `amounts_to_keep`, in microseconds. 0 if the home was not
+        the whole one: it may be another one in the next life. 0 also if some are left out whose rule is gone."""
+        if any(self.limit_of_key(key) is None for key in self._kept):
+            return 0
+        since_us = self._homes.since_us
+        if since_us is None:
+            return self._age_us
+        return strict_us - since_us + self._age_us if self._homes.is_one_and_whole else 0
+
+    def restore(self, kept: Mapping[bytes, int], age_us: int) -> None:
         """Put back into purses what `amounts_to_keep` yielded when this replica was stopped, once only. A purse gets it
-        when it has a home, as far as there is room."""
+        when it has a home, as far as there is room.
+
+        Args:
+            age_us: what `age_to_keep` returned then.
+        """
         self._kept = dict(kept)
         self._kept_order = deque(kept)
+        self._age_us = age_us
 
     def _restore_some(self, strict_us: int, max_buckets: int) -> None:
         """Make some of the purses that nobody has used yet, so that they fill up and are dropped like all others."""
@@ -146,15 +174,29 @@ class Ledger:
             if isinstance(limit, TokenBucketLimit):
                 with suppress(StoreFull):
                     self.bucket(key, limit, strict_us)
-                # No home, no purse.
-                self._kept.pop(key, None)
-            else:
-                # Rules may be yet to come.
+            if key in self._kept:
+                # A rule, a home or room may be yet to come. Were it forgotten, it would get the refill of one that was
+                # not kept.
                 self._kept_order.append(key)
 
     def _restore(self, bucket: StrictBucket) -> None:
         if bucket.max_level and bucket.key in self._kept:
             bucket.restore(self._kept.pop(bucket.key))
+
+    def _add_age(self, bucket: StrictBucket) -> None:
+        if bucket.max_level and bucket.key in self._is_without_age:
+            self._is_without_age.discard(bucket.key)
+            if self._homes.is_one_and_whole:
+                bucket.refill_for(self._age_us)
+
+    def _may_drop(self, bucket: StrictBucket, strict_us: int) -> bool:
+        """True if a bucket that is made later would be the same. One that was restored or paid may be full before that
+        is so."""
+        since_us = self._homes.since_us
+        age_us = 0 if since_us is None else strict_us - since_us
+        if self._homes.is_one_and_whole:
+            age_us += self._age_us
+        return bucket.is_idle(strict_us) and age_us * bucket.refill >= bucket.max_level
 
     def withhold(self, key: bytes, limit: TokenBucketLimit, amount: int, strict_us: int) -> int:
         """Set how much of the home the bucket must not use, because Envoys have token buckets with this amount.
@@ -305,8 +347,9 @@ class Ledger:
         for _ in range(count):
             policy = self._sweep_order.popleft()
             bucket = policy.bucket
-            if not bucket.is_active and bucket.key not in self.queues.by_key and bucket.is_idle(strict_us):
+            if not bucket.is_active and bucket.key not in self.queues.by_key and self._may_drop(bucket, strict_us):
                 del self._policies[bucket.key]
+                self._is_without_age.discard(bucket.key)
                 self.places.give_back(bucket.key)
             else:
                 self._sweep_order.append(policy)

@@ -399,6 +399,11 @@ class StrictBucket(Bucket):
         top = max(self.level, self.max_level - self.room_reserved)
         self.level = max(self.floor, min(top, self.level + amount * self._limit.period_us))
 
+    def refill_for(self, elapsed_us: int) -> None:
+        """Add what is refilled in this time, as far as there is room."""
+        top = max(self.level, self.max_level - self.room_reserved)
+        self.level = min(top, self.level + elapsed_us * self.refill)
+
     def closed(self, stream_number: int, strict_us: int) -> None:
         """Free the room reserved on a stream: it is closed, so no answer can come."""
         self.advance(strict_us)

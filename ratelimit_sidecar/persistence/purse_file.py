@@ -1,6 +1,6 @@
 """What the purses of strict limits had left, kept over a clean stop in a file that is used once.
 
-    file = magic hash of holder { key amount }* checksum      hash, key = length:2 bytes      amount = 8 bytes
+    file = magic hash of holder, age { key amount }* checksum    hash, key = length:2 bytes    age, amount = 8 bytes
 
 It is written when nothing is admitted or paid any more, and is gone, for certain, before this replica admits anything
 again, but for what peers lend: while it cannot be deleted, as on a disk that has become read-only, this replica has no
@@ -27,8 +27,10 @@ import structlog
 from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.shares import Membership
 
-MAGIC: Final = b"rlpurse\x01"
-"""The last byte is the version of the format."""
+MAGIC: Final = b"rlpurse\x02"
+"""The last byte is the version of the format. Version 1 has no age."""
+
+WITHOUT_AGE: Final = b"rlpurse\x01"
 
 ENDING: Final = ".purses"
 """Added to the name of the snapshot's file."""
@@ -65,9 +67,9 @@ class PurseFile:
     async def restore(self) -> None:
         """Put back into the purses what is in the file, which is gone then. An error is logged."""
         try:
-            kept = await asyncio.to_thread(take_purses, self._path, self._holder)
+            kept, age_us = await asyncio.to_thread(take_purses, self._path, self._holder)
             if self._ledger is not None:
-                self._ledger.restore(kept)
+                self._ledger.restore(kept, age_us)
         except (OSError, BadPurses) as error:
             _log.error("purses_not_restored", file=str(self._path), reason=str(error))
             if isinstance(error, OSError):
@@ -88,12 +90,14 @@ class PurseFile:
         if self._ledger is not None:
             self._ledger.shares.are_purses_kept = bool(reason)
 
-    async def keep(self) -> None:
+    async def keep(self, strict_us: int) -> None:
         """Write what the purses have, once nothing is admitted or paid any more. An error is logged."""
-        if self._ledger is None:
+        ledger = self._ledger
+        if ledger is None:
             return
         try:
-            await asyncio.to_thread(write_purses, self._path, self._holder, self._ledger.amounts_to_keep())
+            purses, age_us = ledger.amounts_to_keep(strict_us), ledger.age_to_keep(strict_us)
+            await asyncio.to_thread(write_purses, self._path, self._holder, purses, age_us)
         except OSError as error:
             _log.error("purses_not_kept", file=str(self._path), reason=error.strerror or str(error))
 
@@ -103,8 +107,11 @@ def holder_of(node: str, membership: Membership) -> str:
     return repr((node, membership.epoch, sorted(membership.weights.items())))
 
 
-def write_purses(path: Path, holder: str, purses: Iterable[tuple[bytes, int]]) -> None:
+def write_purses(path: Path, holder: str, purses: Iterable[tuple[bytes, int]], age_us: int) -> None:
     """Write the file.
+
+    Args:
+        age_us: how long purses had refilled that are not in it, as they were full or nobody had used them.
 
     Raises:
         OSError: it could not be written; there is no file then.
@@ -113,7 +120,7 @@ def write_purses(path: Path, holder: str, purses: Iterable[tuple[bytes, int]]) -
     try:
         with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
             checksum = 0
-            for piece in _pieces(holder, purses):
+            for piece in _pieces(holder, purses, age_us):
                 checksum = crc32(piece, checksum)
                 file.write(piece)
             file.write(_CHECKSUM.pack(checksum))
@@ -125,8 +132,8 @@ def write_purses(path: Path, holder: str, purses: Iterable[tuple[bytes, int]]) -
         raise
 
 
-def take_purses(path: Path, holder: str) -> Mapping[bytes, int]:
-    """Delete the file, and return what was in it; nothing when there is no file.
+def take_purses(path: Path, holder: str) -> tuple[Mapping[bytes, int], int]:
+    """Delete the file, and return what was in it, and the age; nothing when there is no file.
 
     Raises:
         BadPurses: it was malformed, or another holder's.
@@ -135,7 +142,7 @@ def take_purses(path: Path, holder: str) -> Mapping[bytes, int]:
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
-        return {}
+        return {}, 0
     # Also if it is of no use here: its holder may come back, when others have refilled and spent the same.
     path.unlink()
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -147,18 +154,18 @@ def take_purses(path: Path, holder: str) -> Mapping[bytes, int]:
     return _read(raw, holder)
 
 
-def _pieces(holder: str, purses: Iterable[tuple[bytes, int]]) -> Iterable[bytes]:
+def _pieces(holder: str, purses: Iterable[tuple[bytes, int]], age_us: int) -> Iterable[bytes]:
     name = sha256(holder.encode()).digest()
-    yield MAGIC + _LENGTH.pack(len(name)) + name
+    yield MAGIC + _LENGTH.pack(len(name)) + name + _AMOUNT.pack(age_us)
     for key, amount in purses:
         if len(key) < 1 << 16:
             yield _LENGTH.pack(len(key)) + key + _AMOUNT.pack(max(-1 << 62, min(amount, 1 << 62)))
 
 
-def _read(raw: bytes, holder: str) -> Mapping[bytes, int]:
+def _read(raw: bytes, holder: str) -> tuple[Mapping[bytes, int], int]:
     if raw[: len(MAGIC) - 1] != MAGIC[:-1]:
         raise BadPurses("is of another kind: it begins with other bytes")
-    if raw[: len(MAGIC)] != MAGIC:
+    if raw[: len(MAGIC)] not in (MAGIC, WITHOUT_AGE):
         raise BadPurses("is of another version")
     end = len(raw) - _CHECKSUM.size
     if end < len(MAGIC) or _CHECKSUM.unpack_from(raw, end)[0] != crc32(raw[:end]):
@@ -166,12 +173,16 @@ def _read(raw: bytes, holder: str) -> Mapping[bytes, int]:
     name, at = _text(raw, len(MAGIC))
     if name != sha256(holder.encode()).digest():
         raise BadPurses("is another node's, or of another membership")
+    age_us = 0
+    if raw.startswith(MAGIC):
+        [age_us] = _AMOUNT.unpack_from(raw, at)
+        at += _AMOUNT.size
     purses = {}
     while at < end:
         key, at = _text(raw, at)
         [purses[key]] = _AMOUNT.unpack_from(raw, at)
         at += _AMOUNT.size
-    return purses
+    return purses, age_us
 
 
 def _text(raw: bytes, at: int) -> tuple[bytes, int]:

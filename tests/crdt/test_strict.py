@@ -27,6 +27,7 @@ from ratelimit_sidecar.crdt.shares import (
     ShownMembership,
     home_of,
 )
+from ratelimit_sidecar.crdt.store import StoreFull
 from ratelimit_sidecar.crdt.strict import HOLD_US, StrictBucket
 from ratelimit_sidecar.crdt.waiting import Outcome
 
@@ -164,26 +165,144 @@ def test_what_is_owed_at_a_clean_stop_is_owed_again() -> None:
 def test_a_kept_purse_waits_for_its_home_and_fits_into_what_is_asked_for() -> None:
     shares = Shares(Membership(1, {"a": 1, "b": 1}), "a", NOW_US)
     ledger = Ledger(shares, Origin("a", 2), lambda _key: PER_SECOND_100)
-    ledger.restore({b"k": 30 << 32, b"other": 7})
+    ledger.restore({b"k": 30 << 32, b"other": 7}, 0)
     bucket = ledger.bucket(b"k", PER_SECOND_100, NOW_US)
     assert bucket.remaining == 0
-    assert dict(ledger.amounts_to_keep()) == {b"k": 30 << 32, b"other": 7}
+    assert dict(ledger.amounts_to_keep(NOW_US)) == {b"k": 30 << 32, b"other": 7}
     shares.receive("b", ShownMembership(1, {"a": 1, "b": 1}), NOW_US)
     ledger.tick({}, NOW_US + HOLD_US, 1, 99)
     for _ in range(2):
         assert ledger.bucket(b"k", PER_SECOND_100, NOW_US + HOLD_US).remaining == 30
-    assert dict(ledger.amounts_to_keep()) == {b"k": 30 << 32, b"other": 7}
+    assert dict(ledger.amounts_to_keep(NOW_US + HOLD_US)) == {b"k": 30 << 32, b"other": 7}
 
 
 def test_kept_purses_that_nobody_asks_for_fill_up_and_are_dropped() -> None:
     limits = {b"k": PER_SECOND_100}
     ledger = Ledger(Shares(Membership(1, {"a": 1}), "a", NOW_US), Origin("a", 2), limits.get)
-    ledger.restore({b"gone": 1 << 32, b"k": 30 << 32})
+    ledger.restore({b"gone": 1 << 32, b"k": 30 << 32}, 0)
     ledger.sweep(NOW_US, 10)
     assert [bucket.remaining for bucket in ledger.walk()] == [30]
-    assert dict(ledger.amounts_to_keep()) == {b"k": 30 << 32}
+    assert dict(ledger.amounts_to_keep(NOW_US)) == {b"k": 30 << 32}
     ledger.sweep(NOW_US + SECOND_US, 10)
-    assert dict(ledger.amounts_to_keep()) == {}
+    assert dict(ledger.amounts_to_keep(NOW_US + SECOND_US)) == {}
+
+
+HOURLY_100 = TokenBucketLimit(100, 3_600 * SECOND_US, 100)
+steps = st.lists(
+    st.tuples(
+        st.sampled_from(["take", "take", "take", "wait", "sweep", "stop"]),
+        st.sampled_from([b"a", b"b", b"c"]),
+        st.integers(1, 60),
+    ),
+    max_size=60,
+)
+
+
+@pytest.mark.parametrize("weights", [{"n": 1}, {"n": 1, "other": 1}], ids=["alone", "half"])
+@given(steps, st.integers(1, 3))
+def test_over_clean_stops_a_purse_is_what_it_would_be_without_them(
+    weights: dict[str, int], history: list[tuple[str, bytes, int]], places: int
+) -> None:
+    """But for what refills while nobody has the home; and each key has never more than the home."""
+    home = 100 // len(weights)
+    rate = HOURLY_100.tokens * home / 100 / HOURLY_100.period_us
+    shares = Shares(Membership(1, weights), "n", 0)
+    ledger = Ledger(shares, Origin("n", 1), lambda _key: HOURLY_100, max_buckets=places)
+    now_us = 0
+    most = dict.fromkeys([b"a", b"b", b"c"], 0.0)
+    """What each key can have, if its home was empty at first and refilled all the time."""
+    least = dict(most)
+    """What it has at least: without what refilled before homes began."""
+    for kind, key, number in history:
+        before_us = now_us
+        if kind == "take":
+            now_us += SECOND_US
+        elif kind == "wait":
+            now_us += number * 60 * SECOND_US
+        ledger.tick({}, now_us, 10, 99)
+        for each in most:
+            most[each] = min(home, most[each] + (now_us - before_us) * rate)
+            has_lived_us = max(0, now_us - max(before_us, shares.from_us))
+            least[each] = min(home, least[each] + has_lived_us * rate)
+        if kind == "take":
+            try:
+                bucket = ledger.bucket(key, HOURLY_100, now_us)
+            except StoreFull:
+                continue
+            bucket.advance(now_us)
+            level = bucket.level / (HOURLY_100.period_us << 32)
+            assert level <= most[key] + 0.01
+            # What has no room does not refill either.
+            assert now_us < shares.from_us or places < 3 or level >= least[key] - 0.01
+            if bucket.take(number, now_us):
+                most[key] -= number
+                least[key] -= number
+        elif kind == "sweep":
+            ledger.sweep(now_us, 10)
+        elif kind == "stop":
+            ledger.sweep(now_us, 10)
+            kept, age_us = dict(ledger.amounts_to_keep(now_us)), ledger.age_to_keep(now_us)
+            now_us += SECOND_US
+            shares = Shares(Membership(1, weights), "n", now_us)
+            ledger = Ledger(shares, Origin("n", now_us), lambda _key: HOURLY_100, max_buckets=places)
+            ledger.restore(kept, age_us)
+            for each in most:
+                most[each] = min(home, most[each] + SECOND_US * rate)
+
+
+def test_a_purse_that_was_full_at_a_clean_stop_is_full_after_it() -> None:
+    def life(started_us: int, kept: dict[bytes, int], age_us: int) -> Ledger:
+        ledger = Ledger(Shares(Membership(1, {"a": 1}), "a", started_us), Origin("a", started_us), limits.get)
+        ledger.restore(kept, age_us)
+        ledger.tick({}, started_us, 1, 99)
+        return ledger
+
+    limits = dict.fromkeys([b"full", b"used", b"unknown"], PER_SECOND_100)
+    first = life(0, {}, 0)
+    for key in (b"full", b"used"):
+        assert first.bucket(key, PER_SECOND_100, 2 * SECOND_US).take(100, 2 * SECOND_US)
+    first.tick({}, 3 * SECOND_US, 2, 99)
+    first.tick({}, 4 * SECOND_US, 2, 99)
+    first.sweep(4 * SECOND_US, 10)
+    first.bucket(b"used", PER_SECOND_100, 4 * SECOND_US).take(60, 4 * SECOND_US)
+    stop_us = 41 * SECOND_US // 10
+    kept, age_us = dict(first.amounts_to_keep(stop_us)), first.age_to_keep(stop_us)
+    assert (kept, age_us) == ({b"used": 50 << 32}, stop_us)
+    second = life(10 * SECOND_US, kept, age_us)
+    left = [second.bucket(key, PER_SECOND_100, 10 * SECOND_US).remaining for key in (b"full", b"used", b"unknown")]
+    assert left == [100, 50, 100]
+    assert second.bucket(b"full", PER_SECOND_100, 10 * SECOND_US).take(100, 10 * SECOND_US)
+    assert second.bucket(b"full", PER_SECOND_100, 10 * SECOND_US).remaining == 0
+
+
+def test_a_kept_purse_that_is_full_sooner_than_a_new_one_would_be_stays() -> None:
+    ledger = Ledger(Shares(Membership(1, {"a": 1}), "a", 0), Origin("a", 1), lambda _key: PER_SECOND_100)
+    ledger.restore({b"k": 99 << 32}, 0)
+    ledger.tick({}, 0, 1, 99)
+    for _ in range(2):
+        ledger.sweep(SECOND_US // 50, 10)
+    assert ledger.bucket(b"k", PER_SECOND_100, SECOND_US // 50).remaining == 100
+    ledger.sweep(SECOND_US, 10)
+    assert len(ledger) == 0
+
+
+def test_a_kept_purse_without_room_is_not_taken_for_a_full_one() -> None:
+    ledger = Ledger(Shares(Membership(1, {"a": 1}), "a", 0), Origin("a", 1), lambda _key: PER_SECOND_100, max_buckets=1)
+    ledger.restore({b"used": 0}, SECOND_US)
+    assert ledger.bucket(b"full", PER_SECOND_100, 0).remaining == 100
+    ledger.tick({}, 0, 1, 99)
+    for _ in range(2):
+        ledger.sweep(0, 10)
+    assert ledger.bucket(b"used", PER_SECOND_100, 0).remaining == 0
+
+
+def test_after_a_stop_while_the_home_was_not_the_whole_one_purses_begin_empty() -> None:
+    shares = Shares(Membership(2, {"a": 1}, previous={"a": 1, "b": 1}), "a", 0, has_never_lent=True)
+    ledger = Ledger(shares, Origin("a", 1), lambda _key: PER_SECOND_100)
+    shares.receive("b", ShownMembership(1, {"a": 1, "b": 1}), 0)
+    shares.conflicts["b"] = ShownMembership(2, {"a": 1, "b": 1})
+    ledger.tick({}, SECOND_US, 1, 99)
+    assert ledger.age_to_keep(2 * SECOND_US) == 0
 
 
 def answer_after_its_end_has_closed(**broken: object) -> None:

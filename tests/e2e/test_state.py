@@ -130,7 +130,7 @@ async def test_a_strict_limit_goes_on_where_a_clean_stop_left_it_and_begins_empt
     match = load_rules([rules], defaults=RuleDefaults(has_members=True)).match("shop", [("plan", "ada")])
     assert match is not None
     kept, holder = tmp_path / "state.purses", holder_of("node", Membership(1, {"node": 1}))
-    write_purses(kept, holder, [(match.bucket_key, 500 << 32)])
+    write_purses(kept, holder, [(match.bucket_key, 500 << 32)], age_us=0)
     async with Children(tmp_path) as children:
         child = await children.start(sidecar_command(tmp_path, own, config, name="node"))
         assert await remaining(own, "plan", 10) == 490
