@@ -52,6 +52,7 @@ from ratelimit_sidecar.limiter.limiter import Limiter, Retired
 from ratelimit_sidecar.limiter.quota import BUCKET_BYTES, MAX_ENVOY_BUCKETS, MAX_POOLS, Quotas
 from ratelimit_sidecar.limiter.rules import Rules
 from ratelimit_sidecar.memory_limit import (
+    CALLS_SHARE,
     bytes_a_bucket,
     fewer_in_little_memory,
     less_in_little_memory,
@@ -526,8 +527,7 @@ class Sidecar:
         for chore in chores:
             chore.cancel()
         # They are small, and may not be had from the last snapshot.
-        if self._purses is not None:
-            await self._purses.keep(self._strict_us())
+        await self._keep_purses()
         if self._snapshots is not None and self.reloader.has_rules.is_set():
             if self._restoring is not None:
                 # The next snapshot replaces all that is in the file.
@@ -573,6 +573,8 @@ class Sidecar:
         if self._purses is not None:
             await self._purses.restore()
         async with AsyncExitStack() as opened:
+            # They are not in the file any more.
+            opened.push_async_callback(self._keep_purses)
             await self._console.start()
             opened.push_async_callback(self._console.stop)
             if self.reloader.has_rules.is_set():
@@ -590,6 +592,10 @@ class Sidecar:
                 opened.push_async_callback(self._front_end.stop)
                 await self._ext_authz.start()
             opened.pop_all()
+
+    async def _keep_purses(self) -> None:
+        if self._purses is not None:
+            await self._purses.keep(self._strict_us(), has_rules=self.reloader.has_rules.is_set())
 
     async def _start_mesh(self) -> None:
         try:
@@ -785,7 +791,7 @@ def _front_end_bounds(listen: ListenConfig, file_limits: FileLimits, memory_byte
     return replace(
         DEFAULT_BOUNDS,
         connections=file_limits.clients,
-        held_bytes=less_in_little_memory(DEFAULT_BOUNDS.held_bytes, memory_bytes),
+        held_bytes=less_in_little_memory(DEFAULT_BOUNDS.held_bytes, memory_bytes, CALLS_SHARE),
         age=age_s or None,
         age_grace=grace_s or inf,
     )

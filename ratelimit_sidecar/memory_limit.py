@@ -23,8 +23,10 @@ MIN_BUCKETS: Final = 10_000
 BUCKETS_SHARE: Final = 2
 """Buckets may take half of the memory. Calls, connections, and the process itself take the rest."""
 
+CALLS_SHARE: Final = 4
 OTHER_SHARE: Final = 8
-"""Nothing else that clients or peers can fill may take more than an eighth of the memory."""
+"""What else clients or peers can fill may take an eighth of the memory each; unfinished calls a quarter, as what has no
+room in a burst is refused, and Envoy lets it pass."""
 
 NODES: Final = 8
 """Of a mesh, at least: names of peers may have many addresses."""
@@ -99,9 +101,9 @@ def max_buckets(config: SidecarConfig, rules: Iterable[Rule], limit_bytes: int) 
     return max(MIN_BUCKETS, min(fitting, DEFAULT_MAX_BUCKETS))
 
 
-def less_in_little_memory(most_bytes: int, limit_bytes: int) -> int:
+def less_in_little_memory(most_bytes: int, limit_bytes: int, share: int = OTHER_SHARE) -> int:
     """How much what clients or peers can fill may take, `most_bytes` if there is much memory."""
-    return min(most_bytes, limit_bytes // OTHER_SHARE)
+    return min(most_bytes, limit_bytes // share)
 
 
 def fewer_in_little_memory(most: int, each_bytes: int, limit_bytes: int) -> int:

@@ -11,6 +11,7 @@ from ratelimit_sidecar.config.sidecar_schema import FabricConfig, SidecarConfig,
 from ratelimit_sidecar.crdt.limit import Window, WindowLimit
 from ratelimit_sidecar.limiter.rules import Rule
 from ratelimit_sidecar.memory_limit import (
+    CALLS_SHARE,
     bytes_a_bucket,
     fewer_in_little_memory,
     less_in_little_memory,
@@ -95,3 +96,4 @@ def test_what_is_configured_counts() -> None:
 def test_what_clients_can_fill_may_take_an_eighth_of_little_memory(limit: int, bound: int) -> None:
     assert less_in_little_memory(256 * MIB, limit) == bound
     assert fewer_in_little_memory(256, MIB, limit) == bound // MIB
+    assert less_in_little_memory(256 * MIB, limit, CALLS_SHARE) == min(256 * MIB, 2 * bound)

@@ -12,7 +12,7 @@ from decimal import Decimal
 from math import isfinite
 from typing import Annotated, Literal, get_args
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from ratelimit_sidecar.config.bucket import BucketConfig, TokenCount
 from ratelimit_sidecar.config.structure import AsWritten, Expected, Section, ShownDefault
@@ -37,8 +37,9 @@ ALL_OR_NOTHING: ChargingName = "all_or_nothing"
 
 _WAIT = re.compile("([0-9]{1,4})(ms|s)")
 
-MAX_BODY_CHARS = 16_384
-"""The longest `body`, which is sent with every denial."""
+MAX_BODY_BYTES = 16_384
+"""The longest `body`, which is sent with every denial, in UTF-8: a thousand of them may wait for a client to take them.
+"""
 
 MAX_METADATA_DEPTH = 30
 """The deepest nesting of metadata. An answer has three nested messages for each level, and protobuf's parsers, so
@@ -212,11 +213,20 @@ PartName = Annotated[
     Expected(f"one of {', '.join(PARTS)}", choices=PARTS),
 ]
 Charging = Annotated[ChargingName, Expected(f"one of {', '.join(CHARGINGS)}", choices=CHARGINGS)]
+
+
+def _check_body(body: str) -> str:
+    if len(body.encode()) > MAX_BODY_BYTES:
+        raise ValueError
+    return body
+
+
 Body = Annotated[
     str,
     AsWritten(),
-    Field(min_length=1, max_length=MAX_BODY_CHARS),
-    Expected(f"text of 1 to {MAX_BODY_CHARS} characters"),
+    Field(min_length=1),
+    AfterValidator(_check_body),
+    Expected(f"text of 1 to {MAX_BODY_BYTES} bytes"),
 ]
 Metadata = Annotated[
     dict[str, object],

@@ -127,12 +127,16 @@ class Ledger:
         self._sweep_order.clear()
         yield from self._policies.clear()
 
-    def amounts_to_keep(self, strict_us: int) -> Iterator[tuple[bytes, int]]:
+    def amounts_to_keep(self, strict_us: int, *, has_rules: bool = True) -> Iterator[tuple[bytes, int]]:
         """What each purse has, by key; below 0 what it owes. Call it at a stop, when no purse is taken from or pays any
         more: tokens that leave a purse after this would be spent twice. Purses that are not among them have refilled
-        for `age_to_keep`."""
+        for `age_to_keep`.
+
+        Args:
+            has_rules: False if there were none yet, so that it is not known whose rule is gone.
+        """
         for key, amount in self._kept.items():
-            if self.limit_of_key(key) is not None:
+            if not has_rules or self.limit_of_key(key) is not None:
                 yield key, amount
         for bucket in self.walk():
             if bucket.key in self._kept:
@@ -142,10 +146,10 @@ class Ledger:
             if bucket.level or bucket.key not in self._is_without_age:
                 yield bucket.key, bucket.level // bucket.limit.period_us
 
-    def age_to_keep(self, strict_us: int) -> int:
+    def age_to_keep(self, strict_us: int, *, has_rules: bool = True) -> int:
         """How long purses have refilled that are not among `amounts_to_keep`, in microseconds. 0 if the home was not
         the whole one: it may be another one in the next life. 0 also if some are left out whose rule is gone."""
-        if any(self.limit_of_key(key) is None for key in self._kept):
+        if has_rules and any(self.limit_of_key(key) is None for key in self._kept):
             return 0
         since_us = self._homes.since_us
         if since_us is None:

@@ -90,13 +90,18 @@ class PurseFile:
         if self._ledger is not None:
             self._ledger.shares.are_purses_kept = bool(reason)
 
-    async def keep(self, strict_us: int) -> None:
-        """Write what the purses have, once nothing is admitted or paid any more. An error is logged."""
+    async def keep(self, strict_us: int, *, has_rules: bool) -> None:
+        """Write what the purses have, once nothing is admitted or paid any more. An error is logged.
+
+        Args:
+            has_rules: see `Ledger.amounts_to_keep`.
+        """
         ledger = self._ledger
         if ledger is None:
             return
         try:
-            purses, age_us = ledger.amounts_to_keep(strict_us), ledger.age_to_keep(strict_us)
+            purses = ledger.amounts_to_keep(strict_us, has_rules=has_rules)
+            age_us = ledger.age_to_keep(strict_us, has_rules=has_rules)
             await asyncio.to_thread(write_purses, self._path, self._holder, purses, age_us)
         except OSError as error:
             _log.error("purses_not_kept", file=str(self._path), reason=error.strerror or str(error))

@@ -8,7 +8,7 @@ import pytest
 from config.builders import STANDARD, lines, rules, rules_errors, rules_of, write
 
 from ratelimit_sidecar.config.errors import ConfigError
-from ratelimit_sidecar.config.rules_schema import MAX_BODY_CHARS
+from ratelimit_sidecar.config.rules_schema import MAX_BODY_BYTES
 from ratelimit_sidecar.config.rules_tree import RuleDefaults
 from ratelimit_sidecar.crdt.limit import Window
 
@@ -164,7 +164,7 @@ def test_broken_yaml_is_told_with_its_place_and_where_to_look(tmp_path: Path) ->
          " reported, always"),
         (f"{{key: a, {DAILY}, retry_after: 5}}", "3:61: descriptors[0].retry_after: found 5, expected true or false"),
         (f"{{key: a, {DAILY}, body: ''}}",
-         '3:61: descriptors[0].body: found "", expected text of 1 to 16384 characters'),
+         '3:61: descriptors[0].body: found "", expected text of 1 to 16384 bytes'),
         ("{key: a, descriptors: [{key: b, descriptors: [{key: ''}]}]}", "3:52:"
          f' descriptors[0].descriptors[0].descriptors[0].key: found "", {TEXT}; {ADD_KEY}'),
     ],
@@ -252,10 +252,11 @@ def test_one_cause_is_told_once(tmp_path: Path, descriptors: str, keys: list[str
     assert [line.split(": ")[1] for line in found] == [f"descriptors{key}" for key in keys]
 
 
-def test_a_body_has_a_bound(tmp_path: Path) -> None:
-    text = f"domain: d\ndescriptors:\n  - {{key: a, {DAILY}, body: {'x' * (MAX_BODY_CHARS + 1)}}}\n"
+@pytest.mark.parametrize("body", ["x" * (MAX_BODY_BYTES + 1), "é" * (MAX_BODY_BYTES // 2 + 1)])
+def test_a_body_has_a_bound(tmp_path: Path, body: str) -> None:
+    text = f"domain: d\ndescriptors:\n  - {{key: a, {DAILY}, body: {body}}}\n"
     [line] = rules_errors(tmp_path, text)
-    assert line.endswith("expected text of 1 to 16384 characters")
+    assert line.endswith("expected text of 1 to 16384 bytes")
 
 
 def test_the_same_key_and_value_twice_on_one_level_names_the_first(tmp_path: Path) -> None:

@@ -183,6 +183,8 @@ def test_kept_purses_that_nobody_asks_for_fill_up_and_are_dropped() -> None:
     ledger.sweep(NOW_US, 10)
     assert [bucket.remaining for bucket in ledger.walk()] == [30]
     assert dict(ledger.amounts_to_keep(NOW_US)) == {b"k": 30 << 32}
+    assert ledger.age_to_keep(NOW_US) == 0, "who comes back later would have that refill"
+    assert dict(ledger.amounts_to_keep(NOW_US, has_rules=False)) == {b"gone": 1 << 32, b"k": 30 << 32}
     ledger.sweep(NOW_US + SECOND_US, 10)
     assert dict(ledger.amounts_to_keep(NOW_US + SECOND_US)) == {}
 

@@ -87,6 +87,8 @@ def test_a_try_has_as_much_time_as_the_call(name: str) -> None:
     config = envoy_config(name)
     policies = list(retry_policies(config))
     assert {policy["retry_back_off"]["max_interval"] for policy in policies} <= {"5s"}
+    grpc = [set(policy["retry_on"].split(",")) for policy in policies if "unavailable" in policy["retry_on"]]
+    assert all("resource-exhausted" in asked for asked in grpc), "else what is refused for want of room passes"
     if policies:
         (retries,) = {
             cluster["circuit_breakers"]["thresholds"][0].get("max_retries")

@@ -265,9 +265,9 @@ from ratelimit_sidecar.persistence.snapshot_file import SnapshotFile
 
 keep_purses, save = PurseFile.keep, SnapshotFile.save
 
-async def purses_kept(purses):
+async def purses_kept(purses, *arguments, **options):
     app.STOP_SECONDS = 0.25
-    await keep_purses(purses)
+    await keep_purses(purses, *arguments, **options)
 
 async def save_for_ever(snapshots, at_once=False):
     if at_once:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -17,7 +18,7 @@ from ratelimit_sidecar.config.rules_file import load_rules
 from ratelimit_sidecar.config.rules_schema import RuleDefaults
 from ratelimit_sidecar.crdt.shares import Membership
 from ratelimit_sidecar.demo.ports import HOST, RegionPorts, free_ports
-from ratelimit_sidecar.demo.processes import Children, Command
+from ratelimit_sidecar.demo.processes import ChildFailed, Children, Command
 from ratelimit_sidecar.envoy_api.envoy.service.ratelimit.v3.rls_pb2_grpc import RateLimitServiceStub
 from ratelimit_sidecar.persistence.purse_file import holder_of, write_purses
 
@@ -136,6 +137,8 @@ async def test_a_strict_limit_goes_on_where_a_clean_stop_left_it_and_begins_empt
         assert await remaining(own, "plan", 10) == 490
         assert not kept.exists()
         await children.stop(child)
+        with socket.create_server((HOST, own.grpc)), pytest.raises(ChildFailed):
+            await children.start(child.command)
         child = await children.start(child.command)
         assert await remaining(own, "plan", 10) == 480
         await children.kill(child)

@@ -67,7 +67,7 @@ def test_without_members_a_file_from_before_is_deleted_and_none_is_written(tmp_p
     purses = PurseFile(tmp_path / "state", None)
     write_purses(tmp_path / "state.purses", holder_of("a", Membership(1, {"a": 1})), KEPT.items(), AGE_US)
     asyncio.run(purses.restore())
-    asyncio.run(purses.keep(0))
+    asyncio.run(purses.keep(0, has_rules=True))
     assert list(tmp_path.iterdir()) == []
 
 
