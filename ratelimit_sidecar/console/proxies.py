@@ -218,6 +218,7 @@ class ProxyConnection(BoundedConnection):
         super()._watch()
         if not self._has_left:
             self._count_waiting()
+        if not self._has_left:
             self._places.note_idle(self, is_idle=self.is_idle and not self._is_in_line)
             if self.is_at_work and self._places.is_crowded(self) and CLOSE_HEADER not in self.headers:
                 # uvicorn answers as if the proxy had asked for it.

@@ -144,9 +144,9 @@ class TokenBucket(Bucket):
         if given < tokens and self.journal is not None:
             early = self._early_refund
             before = early.tokens if early is not None and early.until_us > self.at_us else 0
-            most = self._limit.debt_ceiling // self._limit.period_us
             until_us = self.at_us + EARLY_REFUND_US
-            self._early_refund = _EarlyRefund(min(before + tokens - given, most), until_us)
+            # No more is held at once. What was held long ago has refilled, and would be a burst beyond the capacity.
+            self._early_refund = _EarlyRefund(min(before + tokens - given, self._limit.capacity), until_us)
             self._kept_until_us = max(self._kept_until_us, until_us)
             self._note_use(self.journal)
         return given
@@ -154,7 +154,8 @@ class TokenBucket(Bucket):
     def _refund_early(self, early: _EarlyRefund) -> None:
         """Take what was given back off what a peer has just reported."""
         left = 0
-        if early.until_us > self.at_us:
+        # The clock may have been set back.
+        if 0 < early.until_us - self.at_us <= EARLY_REFUND_US:
             left = early.tokens - self.refund(early.tokens, self.at_us)
         self._early_refund = _EarlyRefund(left, early.until_us) if left else None
 

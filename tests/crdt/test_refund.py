@@ -186,6 +186,17 @@ def test_several_that_come_at_once_are_given_back_each() -> None:
     assert here.remaining == DAILY.capacity - 1, "each once"
 
 
+def test_however_much_is_given_back_no_more_than_the_capacity_is_taken_off_what_is_heard_of_later() -> None:
+    here, there = bucket_of(DAILY, HERE, Journal()), bucket_of(DAILY, THERE, Journal())
+    for _ in range(3):
+        here.give_back(60, NOW_US)
+    for _ in range(2):
+        assert there.take(80, NOW_US)
+        tell(there, here, NOW_US)
+        tell(here, there, NOW_US)
+    assert here.remaining == there.remaining == DAILY.capacity - 60
+
+
 def test_what_is_heard_of_too_late_is_not_given_back() -> None:
     here, there = bucket_of(DAILY, HERE, Journal()), bucket_of(DAILY, THERE, Journal())
     here.give_back(20, NOW_US)
