@@ -112,6 +112,8 @@ class StreamingCall:
             async with aclosing(self._opened.method.handler(messages, self._opened.request)) as responses:
                 async for response in responses:
                     self._connection.send(self._opened.stream_id, response)
+                    # It may be awaited for long that there is another one.
+                    del response
                     self._flush()
                     await self._until_taken()
         except RpcError as refused:

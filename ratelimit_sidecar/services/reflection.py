@@ -31,6 +31,9 @@ PACKAGES: Final = ("grpc.reflection.v1", "grpc.reflection.v1alpha")
 
 _SERVICE: Final = "ServerReflection"
 
+MAX_REQUEST_BYTES: Final = 4_096
+"""The largest request, which is part of its answer; a name has some tens of bytes."""
+
 
 class ReflectionService:
     """One method, `ServerReflectionInfo`: a stream of questions, each with its answer.
@@ -64,14 +67,21 @@ class ReflectionService:
         """
         sent: set[str] = set()
         async for raw in requests:
-            try:
-                request = ServerReflectionRequest.FromString(raw)
-            except DecodeError as error:
-                raise RpcError(Code.INVALID_ARGUMENT, "not a ServerReflectionRequest") from error
-            answer = self._answer(request, sent)
-            answer.valid_host = request.host
-            answer.original_request.CopyFrom(request)
-            yield answer.SerializeToString()
+            # Nothing of it is kept while the next one is awaited.
+            yield self._answered(raw, sent)
+
+    def _answered(self, raw: bytes, sent: set[str]) -> bytes:
+        if len(raw) > MAX_REQUEST_BYTES:
+            raise RpcError(Code.INVALID_ARGUMENT, f"a request of more than {MAX_REQUEST_BYTES} bytes")
+        try:
+            request = ServerReflectionRequest.FromString(raw)
+        except DecodeError as error:
+            raise RpcError(Code.INVALID_ARGUMENT, "not a ServerReflectionRequest") from error
+        answer = self._answer(request, sent)
+        answer.valid_host = request.host
+        answer.original_request.CopyFrom(request)
+        serialized: bytes = answer.SerializeToString()
+        return serialized
 
     def _answer(self, request: ServerReflectionRequest, sent: set[str]) -> ServerReflectionResponse:
         match request.WhichOneof("message_request"):

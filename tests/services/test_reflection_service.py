@@ -17,7 +17,7 @@ from server.front_ends import EACH_KIND, channel_to, running
 
 from ratelimit_sidecar.services import health
 from ratelimit_sidecar.services.ratelimit import SERVICE_NAME
-from ratelimit_sidecar.services.reflection import PACKAGES, ReflectionService
+from ratelimit_sidecar.services.reflection import MAX_REQUEST_BYTES, PACKAGES, ReflectionService
 
 SERVICES = [SERVICE_NAME, health.SERVICE_NAME]
 
@@ -158,13 +158,14 @@ async def test_a_question_that_is_none_is_an_invalid_argument() -> None:
     assert answer.valid_host == "here"
 
 
-async def test_something_else_than_a_question_ends_the_call(kind: str) -> None:
+@pytest.mark.parametrize("sent", [b"\xff", ServerReflectionRequest(host="h" * MAX_REQUEST_BYTES).SerializeToString()])
+async def test_something_else_than_a_question_ends_the_call(kind: str, sent: bytes) -> None:
     async with (
         running(kind, ReflectionService(SERVICES).handlers()) as front_end,
         channel_to(front_end.addresses[0]) as channel,
     ):
         path = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"
-        call = channel.stream_stream(path)(iter([b"\xff"]), timeout=10)
+        call = channel.stream_stream(path)(iter([sent]), timeout=10)
         assert await call.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
