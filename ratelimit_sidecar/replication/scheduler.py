@@ -40,6 +40,13 @@ LONG_TURN_NS = 500_000
 """Where others take so long for a turn, they get one between two quanta, not two."""
 
 
+LARGE_FRAME_BYTES = 8_192
+MAX_LARGE_FRAMES = 16
+"""So many frames that are larger are handled at once: what is parsed may take 25 times as much memory, and as all jobs
+take turns, it would be that of all streams together.
+"""
+
+
 class _QueuedJob(NamedTuple):
     job: Steps
     is_urgent: bool
@@ -65,6 +72,15 @@ class Scheduler:
         self._yielded_ns = 0
         """When the last quantum was used up and the loop left to others."""
         self._queue: deque[_QueuedJob] = deque()
+        self._large_frames = asyncio.Semaphore(MAX_LARGE_FRAMES)
+
+    async def handle(self, frame_bytes: int, job: Steps) -> None:
+        """As `run`, for a frame of that size: only a few large ones are handled at once."""
+        if frame_bytes <= LARGE_FRAME_BYTES:
+            await self.run(job)
+            return
+        async with self._large_frames:
+            await self.run(job)
 
     async def run(self, job: Steps, *, is_urgent: bool = False) -> None:
         """Do a job: at once as much of it as the quantum allows, and the rest in turn with others.

@@ -348,7 +348,8 @@ class Stream:
 
     def fail(self, error: ProtocolError, now_us: int) -> None:
         """Close the stream for `error`, which is counted."""
-        self.error = error
+        # The tracebacks of that one and of its cause would keep what it is about until the stream is gone.
+        self.error = ProtocolError(error.reason, error.detail)
         self._session.close(error.reason, error.detail)
         if error.reason not in FAULTLESS:
             self._replicator.protocol_errors[error.reason] += 1

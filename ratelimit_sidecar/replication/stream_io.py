@@ -128,7 +128,7 @@ async def _read(
         if frame is grpc.aio.EOF:
             stream.lost("the peer hung up", now_us())
             return
-        await scheduler.run(receive_steps(frame))
+        await scheduler.handle(len(frame), receive_steps(frame))
 
 
 async def _write(

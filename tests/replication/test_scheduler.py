@@ -13,8 +13,10 @@ import pytest
 from ratelimit_sidecar.replication.scheduler import (
     FAIR_QUANTUM_NS,
     GROWTH,
+    LARGE_FRAME_BYTES,
     LEAST_QUANTUM_NS,
     LONG_TURN_NS,
+    MAX_LARGE_FRAMES,
     MAX_QUANTUM_NS,
     Scheduler,
 )
@@ -227,3 +229,29 @@ def test_no_job_is_made_and_then_not_done() -> None:
                 called = node.value.func
                 name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
                 assert not name.endswith("_steps"), f"{path}:{node.lineno}"
+
+
+async def test_only_a_few_large_frames_are_handled_at_once_and_small_ones_do_not_wait_for_them() -> None:
+    at_work, most, small = 0, 0, 0
+    scheduler = Scheduler()
+
+    def large() -> Iterator[None]:
+        nonlocal at_work, most
+        at_work += 1
+        most = max(most, at_work)
+        for _ in range(100):
+            yield
+        at_work -= 1
+
+    def little() -> Iterator[None]:
+        nonlocal small
+        small = at_work
+        return
+        yield
+
+    async with asyncio.TaskGroup() as tasks:
+        for _ in range(3 * MAX_LARGE_FRAMES):
+            tasks.create_task(scheduler.handle(LARGE_FRAME_BYTES + 1, large()))
+        tasks.create_task(scheduler.handle(LARGE_FRAME_BYTES, little()))
+    assert (at_work, most) == (0, MAX_LARGE_FRAMES)
+    assert small == MAX_LARGE_FRAMES
