@@ -49,7 +49,14 @@ from ratelimit_sidecar.crdt.store import LimitOfKey, Store
 from ratelimit_sidecar.limiter.fullest import FullestBuckets
 from ratelimit_sidecar.limiter.key import rule_key
 from ratelimit_sidecar.limiter.limiter import Limiter, Retired
-from ratelimit_sidecar.limiter.quota import BUCKET_BYTES, MAX_ENVOY_BUCKETS, MAX_POOLS, Quotas
+from ratelimit_sidecar.limiter.quota import (
+    BUCKET_BYTES,
+    GROUP_BYTES,
+    MAX_ENVOY_BUCKETS,
+    MAX_PEER_GROUPS,
+    MAX_POOLS,
+    Quotas,
+)
 from ratelimit_sidecar.limiter.rules import Rules
 from ratelimit_sidecar.memory_limit import (
     CALLS_SHARE,
@@ -210,6 +217,7 @@ class Sidecar:
             self.clock.now_us,
             max_pools=fewer_in_little_memory(MAX_POOLS, BUCKET_BYTES, memory_bytes),
             max_envoy_buckets=fewer_in_little_memory(MAX_ENVOY_BUCKETS, BUCKET_BYTES, memory_bytes),
+            max_peer_groups=fewer_in_little_memory(MAX_PEER_GROUPS, GROUP_BYTES, memory_bytes),
         )
         self._turns = Turns()
         self._quotas = QuotaService(quotas, self._strict_us, waits_for_rules=waits_for_rules, turns=self._turns)

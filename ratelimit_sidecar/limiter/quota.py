@@ -15,6 +15,7 @@ time to report, it sends nothing to Envoys that have an assignment, and little t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Final, NamedTuple
@@ -95,6 +96,11 @@ assignment, so the Envoy acts as it is configured to without one.
 
 BUCKET_BYTES: Final = 8_000
 """What a bucket takes that has a pool of its own and 30 short pairs."""
+
+MAX_PEER_GROUPS: Final = 1_000_000
+"""The most groups of Envoys in the demands of all peers; a peer may have as many as are free."""
+
+GROUP_BYTES: Final = 140
 
 MAX_POOL_BUCKETS: Final = 2_048
 """The most buckets in a pool, which is divided in one go; twice as many as streams, of which each usually has one."""
@@ -184,6 +190,7 @@ class Quotas:
         now_us: returns the wall clock, by which buckets are charged.
         max_pools: limits of which some Envoy has a part.
         max_envoy_buckets: of all Envoys together.
+        max_peer_groups: of all peers together.
     """
 
     def __init__(
@@ -195,10 +202,14 @@ class Quotas:
         learning_us: int = LEARNING_US,
         max_pools: int = MAX_POOLS,
         max_envoy_buckets: int = MAX_ENVOY_BUCKETS,
+        max_peer_groups: int = MAX_PEER_GROUPS,
     ) -> None:
         self._limiter = limiter
         self._max_pools = max_pools
         self._max_envoy_buckets = max_envoy_buckets
+        self._free_peer_groups = max_peer_groups
+        self._peer_groups = Counter[str]()
+        """Groups in the demands of each peer."""
         self._charges = Charges(limiter, now_us)
         self._division = Division(limiter, now_us)
         self._learns_until_us = strict_us + learning_us
@@ -327,12 +338,24 @@ class Quotas:
                 return True
             pool = self.pools[key] = Pool(key, limit)
         before = pool.peer_demands.get(peer)
+        if not self._count_groups(peer, len(groups) - (0 if before is None else len(before.groups))):
+            return False
         if groups:
             pool.peer_demands[peer] = PeerDemand(groups, strict_us)
         elif before is not None:
             del pool.peer_demands[peer]
         if before is None or list(before.groups) != list(groups):
             self._mark_dirty(pool)
+        return True
+
+    def _count_groups(self, peer: str, more: int) -> bool:
+        """Count more groups of a peer, or less if it is negative. Returns False if there is no room: none are counted."""
+        if more > 0 and self._peer_groups[peer] + 2 * more > self._free_peer_groups:
+            return False
+        self._free_peer_groups -= more
+        self._peer_groups[peer] += more
+        if not self._peer_groups[peer]:
+            del self._peer_groups[peer]
         return True
 
     def demands(self, sent: int, most: int) -> list[Demand]:
@@ -710,7 +733,7 @@ class Quotas:
             self._mark_dirty(pool)
         forgotten = [peer for peer, demand in pool.peer_demands.items() if strict_us - demand.received_us >= DEMAND_US]
         for peer in forgotten:
-            del pool.peer_demands[peer]
+            self._count_groups(peer, -len(pool.peer_demands.pop(peer).groups))
             self._mark_dirty(pool)
         if pool.waiting:
             self._mark_dirty(pool)

@@ -26,8 +26,10 @@ from ratelimit_sidecar.limiter.assignment import (
     share_base_of,
     within_left,
 )
+from ratelimit_sidecar.limiter.fair_shares import Group
 from ratelimit_sidecar.limiter.limiter import Limiter
 from ratelimit_sidecar.limiter.quota import (
+    DEMAND_US,
     LEARNING_US,
     MAX_POOL_BUCKETS,
     MAX_POOL_ORPHANS,
@@ -824,6 +826,25 @@ def test_one_envoy_leaves_others_room_for_other_limits() -> None:
     assert len(server.quotas.pools) == len(greedy.buckets) == 5
     [action] = server.report(other, usage("another"))
     assert action.assignment is not None
+
+
+def test_a_peer_has_room_for_as_many_wants_as_are_free() -> None:
+    server = Server(max_peer_groups=10)
+    for value in ("ada", "eve"):
+        server.report(server.connect(), usage(value))
+    one, other = [key for key in server.quotas.pools if key]
+    three = [Group(want, 1) for want in (1, 2, 3)]
+    assert server.quotas.receive("a", one, three, server.now_us)
+    assert server.quotas.receive("b", one, three, server.now_us)
+    assert not server.quotas.receive("a", other, three, server.now_us)
+    assert server.quotas.receive("a", one, three, server.now_us), "in place of what it said before"
+    assert server.quotas.receive("a", one, [], server.now_us)
+    assert server.quotas.receive("a", other, three, server.now_us)
+    server.world.now_us += DEMAND_US
+    server.quotas.tick(server.now_us)
+    assert not any(pool.peer_demands for pool in server.quotas.pools.values())
+    four = [Group(want, 1) for want in (1, 2, 3, 4)]
+    assert server.quotas.receive("a", one, four, server.now_us)
 
 
 def test_buckets_that_come_and_go_are_not_all_young_to_the_cycle_collector() -> None:
