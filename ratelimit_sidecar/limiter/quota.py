@@ -349,7 +349,7 @@ class Quotas:
         return True
 
     def _count_groups(self, peer: str, more: int) -> bool:
-        """Count more groups of a peer, or less if it is negative. Returns False if there is no room: none are counted."""
+        """Count more groups of a peer, or fewer. Returns False, and counts none, if there is no room."""
         if more > 0 and self._peer_groups[peer] + 2 * more > self._free_peer_groups:
             return False
         self._free_peer_groups -= more
