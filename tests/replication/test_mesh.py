@@ -288,8 +288,9 @@ async def test_dials_that_are_answered_by_another_service_are_counted() -> None:
             await a.until(lambda: a.mesh.status()[0].failed_dials == 3)
             assert a.mesh.status()[0].last_error.startswith("UNIMPLEMENTED: ")
             await server.stop(None)
-            await a.until(lambda: a.mesh.status()[0].failed_dials == 0)
-            assert a.mesh.status()[0].last_error.startswith("UNAVAILABLE: ")
+            # A dial that the stop has met may say INTERNAL.
+            await a.until(lambda: a.mesh.status()[0].last_error.startswith("UNAVAILABLE: "))
+            assert a.mesh.status()[0].failed_dials == 0
     finally:
         await server.stop(None)
 
