@@ -196,11 +196,13 @@ class Ledger:
     def _may_drop(self, bucket: StrictBucket, strict_us: int) -> bool:
         """True if a bucket that is made later would be the same. One that was restored or paid may be full before that
         is so."""
+        if not bucket.is_idle(strict_us):
+            return False
         since_us = self._homes.since_us
         age_us = 0 if since_us is None else strict_us - since_us
         if self._homes.is_one_and_whole:
             age_us += self._age_us
-        return bucket.is_idle(strict_us) and age_us * bucket.refill >= bucket.max_level
+        return age_us * bucket.refill >= bucket.max_level
 
     def withhold(self, key: bytes, limit: TokenBucketLimit, amount: int, strict_us: int) -> int:
         """Set how much of the home the bucket must not use, because Envoys have token buckets with this amount.

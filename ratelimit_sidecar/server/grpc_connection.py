@@ -211,36 +211,29 @@ class Connection:
         """Note the memory of bytes of the client that were read and wait for `receive`. If that is more than the budget
         allows, the client is disconnected.
         """
-        more = size - self._unhandled
-        if not more:
-            return
-        if not self._has_room(size, more):
+        before, self._unhandled = self._unhandled, size
+        if size != before and not self._count_waiting(before, size):
             self.terminate(ENHANCE_YOUR_CALM, "limit")
-        self._unhandled = size
-        self._count(more)
 
     def count_unread(self, size: int) -> bool:
         """Note the memory of answers that the socket did not take yet. Returns False if that is more than the budget
         allows: disconnect the client at once, as to close waits until it has read them.
         """
-        more = size - self._unread
-        has_room = self._has_room(size, more)
-        self._unread = size
-        self._count(more)
-        return has_room
+        before, self._unread = self._unread, size
+        return self._count_waiting(before, size)
 
     def _count_amid_headers(self) -> None:
         """Note the memory of headers that are not complete. As `count_unhandled`."""
-        size = self._session.amid_header_bytes
-        more = size - self._amid_headers
-        if not self._has_room(size, more):
+        before, self._amid_headers = self._amid_headers, self._session.amid_header_bytes
+        if not self._count_waiting(before, self._amid_headers):
             self.terminate(ENHANCE_YOUR_CALM, "limit")
-        self._amid_headers = size
-        self._count(more)
 
-    def _has_room(self, size: int, more: int) -> bool:
-        """Whether so much of one kind may wait, of which `more` is not counted yet."""
-        return more <= 0 or size <= FEW_BYTES or self._budget.allows(self._held + more, more)
+    def _count_waiting(self, before: int, size: int) -> bool:
+        """Count that `size` bytes of one kind wait now, not `before`. Returns False if those are more than may wait."""
+        more = size - before
+        has_room = more <= 0 or size <= FEW_BYTES or self._budget.allows(self._held + more, more)
+        self._count(more)
+        return has_room
 
     def _open(self, request: Request, events: list[Event]) -> None:
         """Handle a new request: its headers have arrived, and perhaps all of it."""
@@ -528,12 +521,8 @@ class Connection:
         Returns:
             False when they are more than the client may have.
         """
-        untaken = self._session.unsent + CALL_BYTES * self._session.finished
-        more = untaken - self._untaken
-        has_room = self._has_room(untaken, more)
-        self._untaken = untaken
-        self._count(more)
-        return has_room or self.closed
+        before, self._untaken = self._untaken, self._session.unsent + CALL_BYTES * self._session.finished
+        return self._count_waiting(before, self._untaken) or self.closed
 
     def events_of_output(self) -> list[Event]:
         """Events that arose while output was produced; call it after `output`."""
