@@ -49,6 +49,7 @@ from ratelimit_sidecar.crdt.store import LimitOfKey, Store
 from ratelimit_sidecar.limiter.fullest import FullestBuckets
 from ratelimit_sidecar.limiter.key import rule_key
 from ratelimit_sidecar.limiter.limiter import Limiter, Retired
+from ratelimit_sidecar.limiter.plan_cache import MAX_PLANS_BYTES
 from ratelimit_sidecar.limiter.quota import (
     BUCKET_BYTES,
     GROUP_BYTES,
@@ -64,7 +65,9 @@ from ratelimit_sidecar.memory_limit import (
     fewer_in_little_memory,
     less_in_little_memory,
     max_buckets,
+    max_received_bytes,
     memory_limit_bytes,
+    memory_to_fill,
 )
 from ratelimit_sidecar.mesh_status import MembershipStatus, PeerStatus
 from ratelimit_sidecar.persistence.purse_file import PurseFile
@@ -196,16 +199,17 @@ class Sidecar:
         self._stalls = StallMonitor()
         self._latency = LatencyHistogram()
         file_limits = _raise_file_limit(config.listen)
-        memory_bytes = self._memory_bytes = memory_limit_bytes()
+        self._memory_bytes = memory_limit_bytes()
+        to_fill_bytes = memory_to_fill(self._memory_bytes)
         mesh_bounds = replace(
             MESH_BOUNDS,
             connections=file_limits.mesh,
-            streams=fewer_in_little_memory(MESH_BOUNDS.streams, MAX_RECEIVED_BYTES, memory_bytes),
-            key_id_bytes=less_in_little_memory(MESH_BOUNDS.key_id_bytes, memory_bytes),
+            streams=fewer_in_little_memory(MESH_BOUNDS.streams, MAX_RECEIVED_BYTES, to_fill_bytes),
+            key_id_bytes=less_in_little_memory(MESH_BOUNDS.key_id_bytes, to_fill_bytes),
         )
         self._tracing = start_tracing(config.node.id, config.node.region)
-        most = max_buckets(config, rules, memory_bytes)
-        self.limiter = _make_limiter(config, rules, self.clock.now_us(), most)
+        most = max_buckets(config, rules, to_fill_bytes)
+        self.limiter = _make_limiter(config, rules, self.clock.now_us(), most, to_fill_bytes)
         self._fullest = FullestBuckets(self.limiter.store)
         self.reloader = Reloader(
             self._use_rules, self.clock.now_us, source_name, loaded=rules if config.xds is None else None
@@ -215,9 +219,9 @@ class Sidecar:
             self.limiter,
             self._strict_us(),
             self.clock.now_us,
-            max_pools=fewer_in_little_memory(MAX_POOLS, BUCKET_BYTES, memory_bytes),
-            max_envoy_buckets=fewer_in_little_memory(MAX_ENVOY_BUCKETS, BUCKET_BYTES, memory_bytes),
-            max_peer_groups=fewer_in_little_memory(MAX_PEER_GROUPS, GROUP_BYTES, memory_bytes),
+            max_pools=fewer_in_little_memory(MAX_POOLS, BUCKET_BYTES, to_fill_bytes),
+            max_envoy_buckets=fewer_in_little_memory(MAX_ENVOY_BUCKETS, BUCKET_BYTES, to_fill_bytes),
+            max_peer_groups=fewer_in_little_memory(MAX_PEER_GROUPS, GROUP_BYTES, to_fill_bytes),
         )
         self._turns = Turns()
         self._quotas = QuotaService(quotas, self._strict_us, waits_for_rules=waits_for_rules, turns=self._turns)
@@ -242,11 +246,11 @@ class Sidecar:
         certificate = None if config.listen.tls is None else ServerCertificate(config.listen.tls)
         self._h2: GrpcFrontEnd | None = None
         self._front_end = self._make_front_end(
-            front_end, handlers, _front_end_bounds(config.listen, file_limits, memory_bytes), certificate
+            front_end, handlers, _front_end_bounds(config.listen, file_limits, self._memory_bytes), certificate
         )
         proxies: ProxyPlaces | None = None
         if config.listen.ext_authz_http is not None:
-            unread_bytes = less_in_little_memory(MAX_UNREAD_BYTES, memory_bytes)
+            unread_bytes = less_in_little_memory(MAX_UNREAD_BYTES, to_fill_bytes)
             proxies = ProxyPlaces(file_limits.proxies, self._turns, unread_bytes)
         registry = self._make_registry(ext_authz, certificate, proxies)
         self._push = start_push(config.node.id, config.node.region, registry)
@@ -783,14 +787,22 @@ def _ahead(offset_us: int) -> str:
     return f"{abs(offset_us) / 1e6:.1f} s {'ahead' if offset_us > 0 else 'behind'}"
 
 
-def _make_limiter(config: SidecarConfig, rules: Rules, now_us: int, most: int) -> Limiter:
+def _make_limiter(config: SidecarConfig, rules: Rules, now_us: int, most: int, to_fill_bytes: int) -> Limiter:
     origin = _new_origin(config.node.id)
     ledger: Ledger | None = None
     if config.membership is not None:
         kind = Ledger if config.fabric is None else GrantLedger
         shares = Shares(config.membership, config.member, now_us, has_never_lent=config.fabric is not None)
         ledger = kind(shares, origin, rules.strict_limit_of_key, max_buckets=most, rule_key=rule_key)
-    return Limiter(rules, origin, config.settings, ledger, max_buckets=most)
+    return Limiter(
+        rules,
+        origin,
+        config.settings,
+        ledger,
+        max_buckets=most,
+        max_received_bytes=max_received_bytes(most, to_fill_bytes),
+        max_plan_bytes=less_in_little_memory(MAX_PLANS_BYTES, to_fill_bytes),
+    )
 
 
 def _front_end_bounds(listen: ListenConfig, file_limits: FileLimits, memory_bytes: int) -> ServerBounds:

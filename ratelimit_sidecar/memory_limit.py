@@ -14,19 +14,24 @@ from pathlib import Path
 from typing import Final
 
 from ratelimit_sidecar.config.sidecar import SidecarConfig
+from ratelimit_sidecar.crdt.journal import DEFAULT_MAX_RECEIVED_BYTES
 from ratelimit_sidecar.crdt.limit import Window, WindowLimit
 from ratelimit_sidecar.crdt.store import DEFAULT_MAX_BUCKETS
 from ratelimit_sidecar.limiter.rules import Rule
 
 MIN_BUCKETS: Final = 10_000
 
+PROCESS_BYTES: Final = 96 * 1_024 * 1_024
+"""What the process takes with few rules and no clients."""
+
 BUCKETS_SHARE: Final = 2
-"""Buckets may take half of the memory. Calls, connections, and the process itself take the rest."""
+"""Buckets may take half of what is left (`memory_to_fill`)."""
+
+OTHER_SHARE: Final = 8
+"""What else clients or peers can fill may take an eighth of that each."""
 
 CALLS_SHARE: Final = 4
-OTHER_SHARE: Final = 8
-"""What else clients or peers can fill may take an eighth of the memory each; unfinished calls a quarter, as what has no
-room in a burst is refused, and Envoy lets it pass."""
+"""Unfinished calls may take a quarter of all: of a burst what has no room is refused, and Envoy lets it pass."""
 
 NODES: Final = 8
 """Of a mesh, at least: names of peers may have many addresses."""
@@ -49,6 +54,11 @@ def memory_limit_bytes(root: Path = Path("/")) -> int:
         root: where `proc` and `sys` are.
     """
     return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_cgroup_limits(root)])
+
+
+def memory_to_fill(limit_bytes: int) -> int:
+    """What is left beside the process, in bytes. Most of what clients and peers can fill are shares of that."""
+    return max(limit_bytes - PROCESS_BYTES, limit_bytes // 4)
 
 
 def _cgroup_limits(root: Path) -> Iterator[int]:
@@ -85,7 +95,7 @@ def bytes_a_bucket(config: SidecarConfig, rules: Iterable[Rule]) -> int:
         isinstance(rule.limit, WindowLimit) and rule.limit.window is Window.SLIDING for rule in rules
     )
     shared = _SLIDING_WINDOW if slides else _TOKEN_BUCKET
-    if config.sync.peers:
+    if config.listen.sync is not None:
         nodes = max(NODES, 1 + len(config.sync.peers))
         shared = max(shared, _SHARED_BUCKET + _SHARED_BUCKET_OF_NODE * nodes)
     if config.membership is None:
@@ -93,19 +103,25 @@ def bytes_a_bucket(config: SidecarConfig, rules: Iterable[Rule]) -> int:
     return shared + _STRICT_BUCKET + _STRICT_BUCKET_OF_MEMBER * len(config.membership.weights)
 
 
-def max_buckets(config: SidecarConfig, rules: Iterable[Rule], limit_bytes: int) -> int:
+def max_buckets(config: SidecarConfig, rules: Iterable[Rule], to_fill_bytes: int) -> int:
     """As configured; else as many as have room."""
     if config.max_buckets is not None:
         return config.max_buckets
-    fitting = limit_bytes // BUCKETS_SHARE // bytes_a_bucket(config, rules)
+    fitting = to_fill_bytes // BUCKETS_SHARE // bytes_a_bucket(config, rules)
     return max(MIN_BUCKETS, min(fitting, DEFAULT_MAX_BUCKETS))
 
 
-def less_in_little_memory(most_bytes: int, limit_bytes: int, share: int = OTHER_SHARE) -> int:
+def max_received_bytes(most_buckets: int, to_fill_bytes: int) -> int:
+    """What other nodes took may take the buckets' share of the memory, but for the buckets themselves."""
+    left = to_fill_bytes // BUCKETS_SHARE - most_buckets * _SHARED_BUCKET
+    return min(max(left, to_fill_bytes // OTHER_SHARE), DEFAULT_MAX_RECEIVED_BYTES)
+
+
+def less_in_little_memory(most_bytes: int, of_bytes: int, share: int = OTHER_SHARE) -> int:
     """How much what clients or peers can fill may take, `most_bytes` if there is much memory."""
-    return min(most_bytes, limit_bytes // share)
+    return min(most_bytes, of_bytes // share)
 
 
-def fewer_in_little_memory(most: int, each_bytes: int, limit_bytes: int) -> int:
+def fewer_in_little_memory(most: int, each_bytes: int, to_fill_bytes: int) -> int:
     """How many there may be of what clients or peers can make, `most` if there is much memory."""
-    return min(most, limit_bytes // OTHER_SHARE // each_bytes)
+    return min(most, to_fill_bytes // OTHER_SHARE // each_bytes)

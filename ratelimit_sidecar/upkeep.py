@@ -56,8 +56,8 @@ async def sweep(buckets: Store | Ledger, now_us: Callable[[], int], limiter: Lim
 
 def _warn_when_full(buckets: Store | Ledger, limiter: Limiter) -> None:
     """Log once a pass that a store is full, or has too many slots. Metrics count the decisions of overflow buckets."""
-    if isinstance(buckets, Store) and buckets.horizon_shift:
-        part = 0.5**buckets.horizon_shift
+    if isinstance(buckets, Store) and buckets.journal.horizon_shift:
+        part = 0.5**buckets.journal.horizon_shift
         _log.warning("too_many_slots", slots=buckets.slots, most_slots=buckets.most_slots, part_of_horizon=part)
     if not buckets.places.is_ample:
         overflowed = sum(limiter.overflow_decisions.values())

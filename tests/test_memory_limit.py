@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ratelimit_sidecar.config.sidecar_schema import FabricConfig, SidecarConfig, SyncConfig
+from ratelimit_sidecar.config.sidecar_schema import FabricConfig, ListenConfig, SidecarConfig, SyncConfig
 from ratelimit_sidecar.crdt.limit import Window, WindowLimit
 from ratelimit_sidecar.limiter.rules import Rule
 from ratelimit_sidecar.memory_limit import (
@@ -16,7 +16,9 @@ from ratelimit_sidecar.memory_limit import (
     fewer_in_little_memory,
     less_in_little_memory,
     max_buckets,
+    max_received_bytes,
     memory_limit_bytes,
+    memory_to_fill,
 )
 
 MIB = 1_024 * 1_024
@@ -60,18 +62,38 @@ STRICT = SidecarConfig(sync=SyncConfig(members={"a": 1, "b": 1, "c": 1}))
 FABRIC = SidecarConfig(fabric=FabricConfig(url="redis://redis.example"))
 
 
+@pytest.mark.parametrize(("limit", "left"), [(64, 16), (128, 32), (256, 160), (512, 416), (4_096, 4_000)])
+def test_the_process_takes_its_part_first(limit: int, left: int) -> None:
+    assert memory_to_fill(limit * MIB) == left * MIB
+
+
 @pytest.mark.parametrize("config", [EVENTUAL, STRICT, FABRIC], ids=["eventual", "strict", "fabric"])
-@pytest.mark.parametrize("limit", [128 * MIB, 512 * MIB, 1_024 * MIB])
-def test_buckets_have_room_in_half_of_the_memory(config: SidecarConfig, limit: int) -> None:
-    most, each = max_buckets(config, (), limit), bytes_a_bucket(config, ())
-    assert most == 10_000 or limit // 2 - each < most * each <= limit // 2
+@pytest.mark.parametrize("to_fill", [128 * MIB, 512 * MIB, 1_024 * MIB])
+def test_buckets_have_room_in_half_of_what_is_left(config: SidecarConfig, to_fill: int) -> None:
+    most, each = max_buckets(config, (), to_fill), bytes_a_bucket(config, ())
+    assert most == 10_000 or to_fill // 2 - each < most * each <= to_fill // 2
 
 
-@pytest.mark.parametrize(("peers", "each"), [(0, 1_600), (1, 3_500), (7, 3_500), (11, 4_500)])
+@pytest.mark.parametrize(("peers", "each"), [(0, 3_500), (1, 3_500), (7, 3_500), (11, 4_500)])
 def test_in_a_mesh_a_bucket_takes_more(peers: int, each: int) -> None:
-    """A name of peers may have many addresses, so there are eight nodes at least."""
-    config = SidecarConfig(sync=SyncConfig(peers=[f"peer-{number}.example:50051" for number in range(peers)]))
+    """A name of peers may have many addresses, and peers may dial in only, so there are eight nodes at least."""
+    sync = SyncConfig(peers=[f"peer-{number}.example:50051" for number in range(peers)])
+    config = SidecarConfig(listen=ListenConfig(sync="127.0.0.1:50051"), sync=sync)
     assert bytes_a_bucket(config, ()) == each
+
+
+@pytest.mark.parametrize(
+    ("most_buckets", "to_fill", "received"),
+    [
+        (60_000, 416 * MIB, 208 * MIB - 90_000_000),
+        pytest.param(1_000_000, 416 * MIB, 52 * MIB, id="more buckets are configured than have room"),
+        (1_000_000, 64 * 1_024 * MIB, 2_048 * MIB),
+    ],
+)
+def test_what_other_nodes_took_has_what_the_buckets_themselves_leave_of_their_half(
+    most_buckets: int, to_fill: int, received: int
+) -> None:
+    assert max_received_bytes(most_buckets, to_fill) == received
 
 
 def test_there_are_a_million_where_there_is_room() -> None:

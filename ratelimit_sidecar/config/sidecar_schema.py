@@ -586,7 +586,8 @@ class SidecarConfig(Section):
         None, description="A bucket for every descriptor that no rule matches; without it those are not limited."
     )
     max_buckets: Annotated[
-        MaxBuckets | None, ShownDefault(f"as many as have room in half of the memory, {DEFAULT_MAX_BUCKETS} at most")
+        MaxBuckets | None,
+        ShownDefault(f"as many as have room in half of the memory beside the process, {DEFAULT_MAX_BUCKETS} at most"),
     ] = Field(
         None,
         description="Buckets kept at once, of strict limits and of others each; 440 bytes to 1.6 kB a bucket, in a mesh"

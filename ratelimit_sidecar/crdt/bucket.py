@@ -46,6 +46,16 @@ MAX_RECEIVED: Final = 16_384
 recount from all entries takes some milliseconds at most, whatever a member invents.
 """
 
+LEAST_RECEIVED: Final = 4
+"""So many entries of other origins a bucket may always hold, also when all buckets together have too many
+(`Journal.is_full`): keys that few take from are shared even then."""
+
+ORIGIN_BYTES: Final = 250
+"""About the memory that another origin takes in a bucket with its first entries; the origin itself is mostly shared."""
+
+ENTRY_BYTES: Final = 100
+"""About the memory of each entry."""
+
 SUMMED_ENTRIES: Final = 256
 """From this many entries of other origins on, a bucket also keeps their sum for each slot. A recount (at each delta of
 a bucket that is in debt, or that tokens are given back to) then costs as much as there are slots, however many replicas
@@ -438,8 +448,8 @@ class Bucket(ABC):
     def forget_slots(self) -> None:
         """Free what it holds, now that it is idle and the store has dropped it: plans may refer to it for long."""
         self._own_slot, self._own_tokens = NO_SLOT, 0
+        self._count_received(-len(self._received or ()), -self._received_entries)
         self._own = self._received = self._received_tokens = None
-        self._received_entries = 0
 
     @property
     def _holds_nothing(self) -> bool:
@@ -538,7 +548,7 @@ class Bucket(ABC):
             if self._received is None:
                 self._received = {}
             self._received[former] = own
-            self._received_entries += len(own)
+            self._count_received(1, len(own))
             self._received_tokens = None
             untrack(self._received)
 
@@ -575,10 +585,9 @@ class Bucket(ABC):
         if added <= 0:
             return 0
         if not held:
-            if self._received_entries >= MAX_RECEIVED and not self._is_peer(origin):
-                self._refuse(Refused.ORIGINS)
+            if not self._has_room(origin):
                 return 0
-            self._received_entries += 1
+            self._count_received(0, 1)
         slots[slot] = tokens
         self._note_received(slot, held, tokens)
         return RECOUNT if len(slots) > MAX_SLOTS else added
@@ -595,7 +604,7 @@ class Bucket(ABC):
             if len(slots) > MAX_SLOTS:
                 for slot in sorted(slots)[:-MAX_SLOTS]:
                     del slots[slot]
-                    self._received_entries -= 1
+                    self._count_received(0, -1)
                     self._refuse(Refused.SLOTS)
                 self._received_tokens = None
 
@@ -607,15 +616,34 @@ class Bucket(ABC):
         if tokens <= 0:
             return 0
         is_crowded = len(received) >= MAX_ORIGINS and not self._is_restoring
-        if (is_crowded or self._received_entries >= MAX_RECEIVED) and not self._is_peer(origin):
+        if is_crowded and not self._is_peer(origin):
             self._refuse(Refused.ORIGINS)
             return 0
+        if not self._has_room(origin):
+            return 0
         received[origin] = {slot: tokens}
-        self._received_entries += 1
+        self._count_received(1, 1)
         self._note_received(slot, 0, tokens)
         # Adding a value makes the collector track the dict again.
         untrack(received)
         return tokens
+
+    def _has_room(self, origin: Origin) -> bool:
+        """Whether a new entry of another origin may be added; if not, that is counted."""
+        if self._received_entries >= MAX_RECEIVED and not self._is_peer(origin):
+            self._refuse(Refused.ORIGINS)
+            return False
+        is_full = self.journal is not None and self.journal.is_full
+        if is_full and self._received_entries >= LEAST_RECEIVED and not self._is_restoring:
+            self._refuse(Refused.FULL)
+            return False
+        return True
+
+    def _count_received(self, origins: int, entries: int) -> None:
+        """There are so many more, or fewer, of others."""
+        self._received_entries += entries
+        if self.journal is not None:
+            self.journal.received_bytes += ORIGIN_BYTES * origins + ENTRY_BYTES * entries
 
     def _refuse(self, why: Refused) -> None:
         if self.journal is not None:
@@ -668,9 +696,9 @@ class Bucket(ABC):
         received = self._received or {}
         for origin in list(received):
             slots = received[origin]
-            self._received_entries -= len(slots)
+            before = len(slots)
             left = _without(slots, past)
-            self._received_entries += len(left)
+            self._count_received(-1 if not left else 0, len(left) - before)
             if not left:
                 del received[origin]
             elif left is not slots:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from ratelimit_sidecar.crdt.bucket import Bucket, Origin
 
 
+DEFAULT_MAX_RECEIVED_BYTES: Final = 1 << 31
+"""For what others took: from a million buckets, on eight nodes."""
+
 MAX_URGENT_LIMITS: Final = 64
 MAX_URGENT_OF_LIMIT: Final = 32
 """A limit has two queues of urgent buckets: one for those that are nearly used up, one for its others. These are the
@@ -33,6 +36,8 @@ class Refused(StrEnum):
     ORIGINS = "origins"
     """An origin beyond the `MAX_ORIGINS` of a bucket, or, of one that is no connected peer, an entry beyond its
     `MAX_RECEIVED`."""
+    FULL = "full"
+    """An entry beyond the `LEAST_RECEIVED` of a bucket while those of all buckets take as much memory as they may."""
     SLOTS = "slots"
     """A slot that is older than the `MAX_SLOTS` newest of its origin in the bucket."""
     OWN = "own"
@@ -94,25 +99,37 @@ class Journal:
 
     - The buckets with entries that were not sent yet, and those to be sent early. Each flush empties it
       (`Store.drain_changes`).
-    - What buckets must know of the node: its peers, its new origin after the clock was set back, whether it restores.
+    - What buckets must know of the node: its peers, its new origin after the clock was set back, whether it restores,
+      how much memory is left.
     - What they report: parts of peers' data that were refused, and buckets left out of what is sent.
     """
 
     __slots__ = (
         "buckets",
+        "horizon_shift",
         "is_restoring",
         "left_out",
         "left_out_error",
+        "max_received_bytes",
         "on_urgent",
         "origin",
         "peers",
+        "received_bytes",
         "refused",
         "urgent",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, max_received_bytes: int = DEFAULT_MAX_RECEIVED_BYTES) -> None:
         self.buckets: list[Bucket] = []
         """Each at most once."""
+        self.max_received_bytes = max_received_bytes
+        """The most memory that entries of other origins may take in all buckets, but for the `LEAST_RECEIVED` of each.
+        """
+        self.received_bytes = 0
+        """About what they take."""
+        self.horizon_shift = 0
+        """How many times the horizon of token buckets is halved, because all together have too many slots
+        (`Store.sweep`)."""
         self.urgent = UrgentBuckets()
         """Buckets of which much was taken, until somebody pops them."""
         self.peers: set[Origin] = set()
@@ -132,6 +149,16 @@ class Journal:
         """The origin that buckets must write under since the clock was set back (`Store.go_back`); None when it was
         never set back.
         """
+
+    @property
+    def is_full(self) -> bool:
+        """Whether entries of other origins take as much memory as they may. Buckets refuse most new ones then."""
+        return self.received_bytes >= self.max_received_bytes
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether they take half of that. Token buckets are sealed early then."""
+        return self.received_bytes >= self.max_received_bytes >> 1
 
     def leave_out(self, error: Exception) -> None:
         """Count a bucket that cannot be encoded. The others must not suffer."""

@@ -9,7 +9,8 @@ that would give its tokens back. Instead a new key gets no bucket: the caller ta
 keys share, and what peers send about the key is ignored. `sweep` makes room again.
 
 The slots of all buckets together are bounded, too. When there are too many, token buckets are sealed earlier than at
-their horizon: then less of what a peer reports late counts in full (docs/algorithm.md).
+their horizon: then less of what a peer reports late counts in full (docs/algorithm.md). And when those of other origins
+take too much memory, further ones are refused (`Journal.is_full`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
-from ratelimit_sidecar.crdt.journal import Journal, is_nearly_used_up
+from ratelimit_sidecar.crdt.journal import DEFAULT_MAX_RECEIVED_BYTES, Journal, is_nearly_used_up
 from ratelimit_sidecar.crdt.limit import AnyLimit, TokenBucketLimit, Window
 from ratelimit_sidecar.crdt.places import BucketPlaces
 from ratelimit_sidecar.crdt.token_bucket import Sealing, TokenBucket
@@ -40,6 +41,9 @@ million keys, once in each slot, has each hold its whole horizon of 64 slots and
 FIRST_SHIFT: Final = 3
 MAX_SHIFT: Final = 6
 """How many times the horizon is halved at first, and at most: of 64 slots 8 are left, and then at least one."""
+
+SAMPLE: Final = 16
+"""This part of all buckets says whether there are too many slots."""
 
 MAX_FIRST_OF_LIMIT: Final = 4_096
 """The most buckets of one limit that are written or told before all others, since they are nearly used up."""
@@ -66,6 +70,7 @@ class Store:
         origin: this replica.
         limit_of_key: called for keys that peers send.
         max_buckets: the most buckets at once; at least 1.
+        max_received_bytes: see `Journal`.
         rule_key: see `BucketPlaces`.
     """
 
@@ -75,21 +80,22 @@ class Store:
         limit_of_key: LimitOfKey,
         *,
         max_buckets: int = DEFAULT_MAX_BUCKETS,
+        max_received_bytes: int = DEFAULT_MAX_RECEIVED_BYTES,
         rule_key: Callable[[bytes], bytes] = lambda _key: b"",
     ) -> None:
         self.origin = origin
         self.limit_of_key = limit_of_key
         self.places = BucketPlaces(max_buckets, rule_key)
         self._buckets = UntrackedDict[Bucket]()
-        self.journal = Journal()
+        self.journal = Journal(max_received_bytes)
         self._to_sweep: list[Bucket] = []
         self._next_shard = 0
         self.most_slots = SLOTS_A_BUCKET * max_buckets
         self.slots = 0
         """The slots of all token buckets, as of the last pass of `sweep` over all."""
-        self.horizon_shift = 0
-        """How many times their horizon is halved, because they have too many."""
-        self._slots_seen = 0
+        self._slots_seen = self._looked = 0
+        """In this pass: slots, and buckets."""
+        self._has_shortened = False
         self.removals = 0
         """Idle buckets dropped since start. Plans keep their buckets while it is unchanged
         (`PlannedTake.store_version`), so whatever takes a bucket out of the store counts here."""
@@ -264,9 +270,10 @@ class Store:
                     self._end_pass()
             bucket = self._to_sweep.pop()
             looked += 1
+            self._looked += 1
             left -= bucket.looks
-            if self.horizon_shift:
-                bucket.shorten(now_us, self.horizon_shift)
+            if self.journal.horizon_shift:
+                bucket.shorten(now_us, self.journal.horizon_shift)
             if bucket.is_idle(now_us):
                 del self._buckets[bucket.key]
                 self.places.give_back(bucket.key)
@@ -274,16 +281,28 @@ class Store:
                 bucket.forget_slots()
             elif isinstance(bucket, TokenBucket):
                 self._slots_seen += bucket.slots
+        if self._looked >= len(self._buckets) // SAMPLE:
+            self._shorten_if_crowded()
         if self.places.is_ample:
             self.full_since_us = None
         return looked
 
     def _end_pass(self) -> None:
-        self.slots, self._slots_seen = self._slots_seen, 0
-        if self.slots > self.most_slots:
-            self.horizon_shift = min(max(self.horizon_shift + 1, FIRST_SHIFT), MAX_SHIFT)
-        elif self.slots < self.most_slots // 3 and self.horizon_shift:
-            self.horizon_shift -= 1
+        self._shorten_if_crowded()
+        self.slots = self._slots_seen
+        journal = self.journal
+        if journal.horizon_shift and self.slots < self.most_slots // 3 and not journal.is_crowded:
+            journal.horizon_shift -= 1
+        self._slots_seen = self._looked = 0
+        self._has_shortened = False
+
+    def _shorten_if_crowded(self) -> None:
+        """Halve the horizon, once in a pass, if the buckets that were looked at have too many slots: they are as good
+        as drawn by lot."""
+        has_too_many = self._slots_seen * len(self._buckets) > self.most_slots * self._looked
+        if (has_too_many or self.journal.is_crowded) and not self._has_shortened:
+            self.journal.horizon_shift = min(max(self.journal.horizon_shift + 1, FIRST_SHIFT), MAX_SHIFT)
+            self._has_shortened = True
 
 
 def _make_bucket(key: bytes, limit: AnyLimit, origin: Origin, now_us: int, journal: Journal | None) -> Bucket:

@@ -442,6 +442,8 @@ class TokenBucket(Bucket):
         limit = self._limit
         if self.at_us - self._base_us > limit.horizon_us + (SEAL_BATCH_SLOTS << limit.exponent):
             self.seal(self.at_us)
+        if self.journal is not None and self.journal.horizon_shift:
+            self.shorten(self.at_us, self.journal.horizon_shift)
 
     def _open_slot_of_now(self) -> None:
         """Open the current slot for writing."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from ratelimit_sidecar.crdt.bucket import Bucket, Origin
+from ratelimit_sidecar.crdt.journal import DEFAULT_MAX_RECEIVED_BYTES
 from ratelimit_sidecar.crdt.ledger import Ledger
 from ratelimit_sidecar.crdt.limit import AnyLimit, TokenBucketLimit, Window, WindowLimit
 from ratelimit_sidecar.crdt.store import DEFAULT_MAX_BUCKETS, Store, StoreFull
@@ -30,7 +31,7 @@ from ratelimit_sidecar.limiter.encoding import (
 )
 from ratelimit_sidecar.limiter.key import overflow_keys, rule_key
 from ratelimit_sidecar.limiter.plan import CompiledRule, Plan, PlannedTake
-from ratelimit_sidecar.limiter.plan_cache import PlanCache
+from ratelimit_sidecar.limiter.plan_cache import MAX_PLANS_BYTES, PlanCache
 from ratelimit_sidecar.limiter.request import Descriptor, read_request
 from ratelimit_sidecar.limiter.rules import Charge, Consistency, Match, Rule, Rules, Unit
 from ratelimit_sidecar.limiter.settings import AnswerSettings
@@ -76,6 +77,8 @@ class Limiter:
         ledger: the strict buckets; None if no rule may be strict.
         max_buckets: the most buckets at once. When a rule has too many, or there is no room for new keys, these share
             overflow buckets.
+        max_received_bytes: the most memory that what other replicas took may take.
+        max_plan_bytes: see `PlanCache`.
 
     Raises:
         ValueError: a rule is strict and there is no ledger.
@@ -89,9 +92,17 @@ class Limiter:
         ledger: Ledger | None = None,
         *,
         max_buckets: int = DEFAULT_MAX_BUCKETS,
+        max_received_bytes: int = DEFAULT_MAX_RECEIVED_BYTES,
+        max_plan_bytes: int = MAX_PLANS_BYTES,
     ) -> None:
         self.settings = settings or AnswerSettings()
-        self.store = Store(origin, rules.replicated_limit_of_key, max_buckets=max_buckets, rule_key=rule_key)
+        self.store = Store(
+            origin,
+            rules.replicated_limit_of_key,
+            max_buckets=max_buckets,
+            max_received_bytes=max_received_bytes,
+            rule_key=rule_key,
+        )
         self.ledger = ledger
         self.clock_steps_us = 0
         """The sum of the clock's steps since start: `now_us` less this is `strict_us`, which never steps."""
@@ -111,7 +122,8 @@ class Limiter:
         )
         self._compiled: dict[int, CompiledRule] = {}
         """Compiled rules, by `id` of the rule."""
-        self._plans = PlanCache()
+        self._max_plan_bytes = max_plan_bytes
+        self._plans = PlanCache(max_plan_bytes)
         self._plan_hits = self._plan_misses = 0
         self.last_plan: Plan | None = None
         """The plan of the last request, kept for tracing, because making the plan of a large request again
@@ -145,7 +157,7 @@ class Limiter:
         self.rules = rules
         self.generation += 1
         self.store.limit_of_key = rules.replicated_limit_of_key
-        self._plans = PlanCache()
+        self._plans = PlanCache(self._max_plan_bytes)
         self._compiled = {}
         self.last_plan = None
         return retired

@@ -19,7 +19,7 @@ from typing import Final
 from ratelimit_sidecar.crdt.untracked_dict import untrack
 from ratelimit_sidecar.limiter.plan import Plan
 
-MAX_BYTES: Final = 32 * 1_024 * 1_024
+MAX_PLANS_BYTES: Final = 32 * 1_024 * 1_024
 """The most bytes of all plans, as `_bytes_of` estimates them: about 16,000 plans of the usual size."""
 
 MAX_PLAN_BYTES: Final = 32 * 1_024
@@ -27,9 +27,14 @@ MAX_PLAN_BYTES: Final = 32 * 1_024
 
 
 class PlanCache:
-    """A cache of plans. Look one up in `plans`; after a miss, make the plan and `keep` it."""
+    """A cache of plans. Look one up in `plans`; after a miss, make the plan and `keep` it.
 
-    def __init__(self) -> None:
+    Args:
+        max_bytes: of all plans, as `_bytes_of` estimates them.
+    """
+
+    def __init__(self, max_bytes: int = MAX_PLANS_BYTES) -> None:
+        self._max_bytes = max_bytes
         self.plans: dict[bytes, Plan] = {}
         """For look-ups; only `keep` changes it."""
         self.bytes = 0
@@ -44,13 +49,13 @@ class PlanCache:
         size = _bytes_of(request, plan)
         if size > MAX_PLAN_BYTES:
             return
-        if self.bytes + size > MAX_BYTES:
+        if self.bytes + size > self._max_bytes:
             hashed = hash(request) & 0xFF_FFFF
             seen, place = hashed >> 16, hashed & 0xFFFF
             if self._seen[place] != seen:
                 self._seen[place] = seen
                 return
-            while self.bytes + size > MAX_BYTES:
+            while self.bytes + size > self._max_bytes:
                 oldest = self._oldest_first.popleft()
                 self.bytes -= _bytes_of(oldest, self.plans.pop(oldest))
         _untrack(plan)

@@ -538,7 +538,7 @@ METRICS: tuple[Definition, ...] = (
         "gauge",
         ("region",),
         "For what part of their horizon token buckets hold slots: 1, or less where there would be too many.",
-        lambda at: [("", (at.sources.region,), 0.5**at.sources.limiter.store.horizon_shift)],
+        lambda at: [("", (at.sources.region,), 0.5**at.sources.limiter.store.journal.horizon_shift)],
     ),
     Definition(
         "crdt_refused_keys_total",

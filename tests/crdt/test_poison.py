@@ -9,7 +9,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from joined import join
 
-from ratelimit_sidecar.crdt.bucket import MAX_ORIGINS, MAX_RECEIVED, MAX_SLOTS, Base, Bucket, Entry, Origin
+from ratelimit_sidecar.crdt.bucket import (
+    ENTRY_BYTES,
+    LEAST_RECEIVED,
+    MAX_ORIGINS,
+    MAX_RECEIVED,
+    MAX_SLOTS,
+    ORIGIN_BYTES,
+    SET_BACK_US,
+    Base,
+    Bucket,
+    Entry,
+    Origin,
+)
+from ratelimit_sidecar.crdt.journal import Refused
 from ratelimit_sidecar.crdt.limit import MAX_AHEAD_US, MAX_EXPONENT, AnyLimit, TokenBucketLimit, Window, WindowLimit
 from ratelimit_sidecar.crdt.slot import slot_id
 from ratelimit_sidecar.crdt.store import Store
@@ -36,8 +49,8 @@ def store_of(origin: Origin, limit: AnyLimit) -> Store:
     return Store(origin, lambda _: limit)
 
 
-def bucket_of(store: Store, limit: AnyLimit, now_us: int = NOW_US) -> Bucket:
-    return store.bucket(b"k", limit, now_us)
+def bucket_of(store: Store, limit: AnyLimit, now_us: int = NOW_US, key: bytes = b"k") -> Bucket:
+    return store.bucket(key, limit, now_us)
 
 
 def locked_us(limit: AnyLimit) -> int:
@@ -124,6 +137,78 @@ def test_a_bucket_full_of_invented_entries_has_room_for_peers_and_for_all_once_t
     later_us = NOW_US + 3 * locked_us(limit) + 3 * DAY_US
     bucket_of(store, limit).seal(later_us)
     assert invent(later_us) == held
+
+
+@all_limits
+@pytest.mark.parametrize("is_connected", [False, True])
+def test_what_all_buckets_together_hold_of_others_is_bounded_and_keys_of_few_are_shared_even_then(
+    limit: AnyLimit, is_connected: bool
+) -> None:
+    """Also if it is told by connected peers, who say that they have restarted again and again."""
+    most = 1 << 20
+    store = Store(HERE, lambda _key: limit, max_received_bytes=most)
+    slot = slot_of(limit)
+    buckets = 30
+    for number in range(buckets):
+        for incarnation in range(1, 1_000):
+            origin = Origin("ghost", incarnation)
+            if is_connected:
+                store.journal.peers.add(origin)
+            join(store, b"%d" % number, None, [Entry(origin, slot, 1)], NOW_US)
+            store.journal.peers.discard(origin)
+    held = sum(len(bucket.taken) for bucket in store)
+    assert held <= most // (ORIGIN_BYTES + ENTRY_BYTES) + 1 + buckets * LEAST_RECEIVED
+    assert store.journal.refused[Refused.FULL]
+    assert join(store, b"0", None, [Entry(Origin("ghost", 1), slot, 2)], NOW_US) == 1, "it is there already"
+    store.journal.peers.add(THERE)
+    assert join(store, b"0", None, [Entry(THERE, slot, 1)], NOW_US) == 0
+    assert join(store, b"of few", None, [Entry(THERE, slot, 1)], NOW_US) == 1
+    later_us = NOW_US + 3 * locked_us(limit) + 3 * DAY_US
+    for turn in range(2 * buckets):
+        store.sweep(later_us + turn, buckets)
+    assert store.journal.received_bytes == 0
+    assert join(store, b"0", None, [Entry(THERE, slot_of(limit, later_us), 1)], later_us) == 1
+
+
+@all_limits
+@given(
+    steps=st.lists(
+        st.tuples(
+            st.sampled_from(["join", "take", "refund", "back", "sweep", "seal"]),
+            st.integers(0, 3),
+            st.integers(0, 4),
+            st.integers(0, 80),
+        ),
+        max_size=60,
+    )
+)
+def test_the_memory_of_what_others_took_is_counted_through_all_that_may_happen(
+    limit: AnyLimit, steps: list[tuple[str, int, int, int]]
+) -> None:
+    store = store_of(HERE, limit)
+    now_us, lives = NOW_US, 1
+    for what, number, of, ahead in steps:
+        now_us += ahead * (1 << limit.exponent) >> 2
+        key = b"%d" % number
+        if what == "join":
+            slots = [slot_id(now_us - age * (1 << limit.exponent), limit.exponent) for age in range(of * 200)]
+            join(store, key, None, [Entry(Origin("n", 1 + of), slot, 1 + ahead) for slot in slots], now_us)
+        elif what == "take":
+            bucket_of(store, limit, now_us, key).take(1 + of, now_us)
+        elif what == "refund":
+            bucket_of(store, limit, now_us, key).refund(1 + of, now_us)
+        elif what == "seal":
+            bucket_of(store, limit, now_us, key).seal(now_us)
+        elif what == "back":
+            now_us -= 2 * SET_BACK_US
+            lives += 1
+            store.go_back(Origin(HERE.node, HERE.incarnation + lives))
+        else:
+            store.drain_changes()
+            store.sweep(now_us, 4)
+        held = [slots for bucket in store for origin, slots in bucket.taken.items() if origin != bucket.origin]
+        entries = sum(map(len, held))
+        assert store.journal.received_bytes == ORIGIN_BYTES * len(held) + ENTRY_BYTES * entries
 
 
 def slot_of(limit: AnyLimit, now_us: int = NOW_US) -> int:

@@ -12,7 +12,7 @@ from joined import join
 from ratelimit_sidecar.crdt.bucket import NO_BASE, SLOTS_A_LOOK, Base, Entry, Origin
 from ratelimit_sidecar.crdt.limit import HORIZON_SLOTS, AnyLimit, TokenBucketLimit, Window, WindowLimit
 from ratelimit_sidecar.crdt.slot import slot_id
-from ratelimit_sidecar.crdt.store import MAX_SHIFT, Store, StoreFull
+from ratelimit_sidecar.crdt.store import FIRST_SHIFT, MAX_SHIFT, SAMPLE, Store, StoreFull
 
 NOW_US = 1_790_000_000_000_000
 HERE, THERE = Origin("here", 1), Origin("there", 1)
@@ -104,21 +104,46 @@ def test_keys_that_are_used_in_each_of_their_slots_hold_no_more_of_them_than_the
     held = sum(sum(1 for _ in bucket.entries()) for bucket in store)
     assert len(store) == 100
     assert held <= store.most_slots
-    assert store.horizon_shift
+    assert store.journal.horizon_shift
 
 
 def test_when_fewer_keys_are_used_the_horizon_is_whole_again() -> None:
     store = hourly_store(100)
     now_us = use(store, 100, 80)
     use(store, 1, 80, now_us)
-    assert (store.horizon_shift, len(store)) == (0, 1)
+    assert (store.journal.horizon_shift, len(store)) == (0, 1)
     assert max(sum(1 for _ in bucket.entries()) for bucket in store) >= HORIZON_SLOTS
+
+
+def test_many_slots_are_noticed_long_before_a_pass_is_over_and_a_bucket_that_is_written_to_is_sealed_at_once() -> None:
+    keys = 1_000
+    store = hourly_store(keys)
+    now_us = NOW_US
+    for _ in range(10):
+        for number in range(keys):
+            store.bucket(b"%d" % number, HOURLY, now_us).take(1, now_us)
+        now_us += SLOT_US
+    store.drain_changes()
+    store.sweep(now_us, keys // SAMPLE - 1)
+    assert store.journal.horizon_shift == 0
+    for _ in range(10):
+        store.sweep(now_us, 10)
+    assert store.journal.horizon_shift == FIRST_SHIFT, "it is halved once a pass"
+    for number in range(keys):
+        bucket = store.bucket(b"%d" % number, HOURLY, now_us)
+        bucket.take(1, now_us)
+        # 8 that count, and batches of 2 that do not.
+        assert bucket.slots <= 10
+    for number in range(keys):
+        entries = [Entry(THERE, slot_id(now_us - age * SLOT_US, HOURLY.exponent), 1) for age in range(60)]
+        store.join(b"%d" % number, HOURLY, None, entries, now_us)
+    assert max(bucket.slots for bucket in store) <= 20
 
 
 def test_few_keys_keep_their_horizon() -> None:
     store = hourly_store(100)
     use(store, 10, 80)
-    assert not store.horizon_shift
+    assert not store.journal.horizon_shift
 
 
 @given(
@@ -189,7 +214,7 @@ def test_a_step_of_the_sweep_looks_at_few_buckets_if_they_hold_slots_of_many_rep
         slots = [slot_id(NOW_US - age * (1 << limit.exponent), limit.exponent) for age in range(60)]
         entries = [Entry(Origin("n", 1 + of), slot, 1) for of in range(20) for slot in slots]
         store.join(b"%d" % number, limit, None, entries, NOW_US)
-    store.horizon_shift = MAX_SHIFT
+    store.journal.horizon_shift = MAX_SHIFT
     of_each = max(bucket.slots for bucket in store)
     looked = steps = 0
     while looked < keys:

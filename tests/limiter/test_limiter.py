@@ -13,7 +13,7 @@ from ratelimit_sidecar.envoy_api.envoy.type.v3.ratelimit_unit_pb2 import RateLim
 from ratelimit_sidecar.limiter.encoding import varint
 from ratelimit_sidecar.limiter.limiter import MAX_HITS, Limiter
 from ratelimit_sidecar.limiter.plan import Plan, PlannedTake
-from ratelimit_sidecar.limiter.plan_cache import MAX_BYTES, MAX_PLAN_BYTES, PlanCache
+from ratelimit_sidecar.limiter.plan_cache import MAX_PLAN_BYTES, MAX_PLANS_BYTES, PlanCache
 from ratelimit_sidecar.limiter.request import MAX_DESCRIPTORS, MAX_ENTRIES, InvalidRequest
 from ratelimit_sidecar.limiter.rules import Charge, Consistency, Rule, RuleNode, Rules, Unit
 
@@ -286,4 +286,4 @@ def test_plans_are_bounded_in_bytes_not_in_number() -> None:
         if request not in cache.plans:
             cache.keep(request, limiter.plan(request))
     assert 1_000 < len(cache.plans) < 2_000
-    assert cache.bytes <= MAX_BYTES
+    assert cache.bytes <= MAX_PLANS_BYTES
