@@ -126,6 +126,9 @@ RESTORE_SECONDS = 2.0
 answered.
 """
 
+ALL_RULES_SECONDS = 30.0
+"""How long an xDS server may go on to say what it has before the sidecar is ready."""
+
 JOIN_SECONDS = 10.0
 MAX_JOIN_SECONDS = 120.0
 """How long reachable peers may take to begin to send their state, and to send all of it, before the sidecar says it is
@@ -193,7 +196,7 @@ class Sidecar:
         self._stop = asyncio.Event()
         self._last: threading.Timer | None = None
         """Ends the process when a stop takes too long."""
-        self._joined = False
+        self._has_all_rules = self._joined = False
         self._restoring: asyncio.Task[None] | None = None
         self._supervisor = Supervisor()
         self._stalls = StallMonitor()
@@ -433,6 +436,8 @@ class Sidecar:
         if self.reloader.has_rules.is_set():
             if self._restoring is not None and not self._restoring.done():
                 missing.append("the state is being read")
+            if not self._has_all_rules:
+                missing.append("the xDS server may not have said all yet")
             if not self._joined:
                 missing.append(
                     "peers have not yet told all they know"
@@ -637,6 +642,12 @@ class Sidecar:
         await self._front_end.ready.wait()
         self._health.changed()
         await self.reloader.has_rules.wait()
+        self._health.changed()
+        if isinstance(self._source, XdsClient):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(ALL_RULES_SECONDS):
+                    await self._source.settled.wait()
+        self._has_all_rules = True
         self._health.changed()
         if self._restoring is not None:
             await asyncio.wait([self._restoring])

@@ -6,7 +6,8 @@ force. Two mishaps of a server take nobody's limits away:
 - **A resource that cannot be used.** The others of the response are put in force, and it stays as it was before. The
   response is refused nevertheless, so that the server is told (gRFC A46, "xDS NACK semantics improvement").
 - **A server that has begun anew**, and says what it has piece by piece, as Envoy Gateway does Gateway by Gateway. On a
-  new stream a resource that is missing stays until the server has said nothing for `SETTLED_SECONDS`.
+  new stream a resource that is missing stays until the server has said nothing for `SETTLED_SECONDS`. A sidecar that
+  starts then is not ready before (`XdsClient.settled`).
 """
 
 from __future__ import annotations
@@ -110,6 +111,8 @@ class XdsClient:
         """The resources that the rules in force consist of, by name."""
         self._lacking: DiscoveryResponse | None = None
         """The last response, if it lacks some of these."""
+        self.settled = asyncio.Event()
+        """Set once a server has said all that there is."""
 
     async def run(self, reloader: Reloader) -> None:
         """Put the server's rules in force, until cancelled."""
@@ -162,15 +165,18 @@ class XdsClient:
             _log.info("xds_connected", server=self._config.server, version=self._subscription.version)
             reading: asyncio.Future[Any] | None = None
             response: DiscoveryResponse | None = None
-            is_settling = bool(self._in_force)
+            is_settling, keeps_missing = True, bool(self._in_force)
+            self._lacking = None
             try:
                 while True:
                     reading = reading or asyncio.ensure_future(call.read())
                     if is_settling and response is not None:
                         await asyncio.wait([reading], timeout=SETTLED_SECONDS)
                         is_settling = reading.done()
-                        if not is_settling and self._lacking is not None:
-                            await self._load(self._lacking, reloader, keeps_missing=False)
+                        if not is_settling:
+                            if self._lacking is not None:
+                                await self._load(self._lacking, reloader, keeps_missing=False)
+                            self.settled.set()
                     raw, reading = await reading, None
                     if raw is grpc.aio.EOF:
                         return "the server hung up"
@@ -178,7 +184,7 @@ class XdsClient:
                         response = DiscoveryResponse.FromString(raw)
                     except DecodeError:
                         return "the server sent something else than a DiscoveryResponse"
-                    await self._load(response, reloader, keeps_missing=is_settling)
+                    await self._load(response, reloader, keeps_missing=is_settling and keeps_missing)
                     answer = self._answer(response, reloader)
                     await asyncio.sleep(self._subscription.hold_seconds)
                     await _write(call, answer)

@@ -86,6 +86,13 @@ async def test_it_refuses_before_the_server_is_there_and_is_ready_and_limits_onc
         server = XdsServer()
         server.publish("1", config("shop", "user", unit="DAY", requests_per_unit=1))
         async with serving(server, f"{HOST}:{ports.upstream}"):
+            async with asyncio.timeout(WITHIN_S):
+                while (waiting := await console.get("/readyz")).json()["missing"] != [  # noqa: ASYNC110
+                    "the xDS server may not have said all yet",
+                    "peers have not yet told all they know",
+                ]:
+                    await asyncio.sleep(0.02)
+            assert waiting.status_code == 503
             await until_ready(console)
             codes = [(await status(stub, "shop", "user", "eve")).code for _ in range(2)]
             assert codes == [RateLimitResponse.OK, RateLimitResponse.OVER_LIMIT]

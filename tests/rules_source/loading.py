@@ -56,6 +56,8 @@ class Recorder:
     def __init__(self, source: str = "somewhere") -> None:
         self.now_us = NOW_US
         self.in_force: list[str] = []
+        self.settled = asyncio.Event()
+        """That of an `XdsClient`."""
         self._loads: asyncio.Queue[list[str]] = asyncio.Queue()
         self.reloader = Reloader(self._use, lambda: self.now_us, source, None)
 

@@ -40,7 +40,9 @@ async def following(
         retry_seconds=RETRY_SECONDS,
     )
     recorder = Recorder(f"xDS server {address}")
-    running = asyncio.create_task(XdsClient(where, rules_of_resources).run(recorder.reloader))
+    client = XdsClient(where, rules_of_resources)
+    recorder.settled = client.settled
+    running = asyncio.create_task(client.run(recorder.reloader))
     try:
         yield recorder
     finally:
@@ -173,6 +175,39 @@ async def test_a_server_that_begins_anew_and_says_what_it_has_piece_by_piece_tak
             monkeypatch.setattr(module, "SETTLED_SECONDS", 3_600)
             restarted.publish("3", config("bank", "user"))
             assert await recorder.next_load() == ["bank"]
+
+
+async def test_a_server_has_said_all_once_it_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sidecar that starts while one says piece by piece what it has is not ready before."""
+    monkeypatch.setattr(module, "SETTLED_SECONDS", 3_600)
+    server = XdsServer()
+    server.publish("1", config("shop", "user"))
+    async with serving(server), following(server.address) as recorder:
+        assert await recorder.next_load() == ["shop"]
+        monkeypatch.setattr(module, "SETTLED_SECONDS", 0.1)
+        assert not recorder.settled.is_set()
+        server.publish("2", config("shop", "user"), config("bank", "user"))
+        assert await recorder.next_load() == ["bank", "shop"]
+        async with asyncio.timeout(20):
+            await recorder.settled.wait()
+
+
+async def test_what_a_server_lacked_before_it_broke_off_is_no_reason_to_drop_anything_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "SETTLED_SECONDS", 3_600)
+    async with left_by_its_server(config("shop", "user"), config("bank", "user")) as (recorder, address):
+        lacking = XdsServer()
+        lacking.publish("1", config("shop", "user"))
+        async with serving(lacking, address):
+            assert await recorder.next_load() == ["bank", "shop"]
+        monkeypatch.setattr(module, "SETTLED_SECONDS", 0.1)
+        unusable = XdsServer()
+        unusable.publish("1", type_url="type.googleapis.com/envoy.config.cluster.v3.Cluster")
+        async with serving(unusable, address):
+            async with asyncio.timeout(20):
+                await recorder.settled.wait()
+            assert recorder.in_force == ["bank", "shop"]
 
 
 async def test_of_a_resource_with_another_name_after_a_restart_the_former_one_goes_at_once() -> None:
