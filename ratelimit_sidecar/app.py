@@ -97,8 +97,8 @@ from ratelimit_sidecar.services.ext_authz import ExtAuthzService
 from ratelimit_sidecar.services.ext_authz_http import ext_authz_app
 from ratelimit_sidecar.services.health import RATELIMIT_NAME, HealthService
 from ratelimit_sidecar.services.health import SERVICE_NAME as HEALTH_SERVICE_NAME
+from ratelimit_sidecar.services.quota import MAX_STREAMS, STREAM_BYTES, QuotaService
 from ratelimit_sidecar.services.quota import SERVICE_NAME as QUOTA_SERVICE_NAME
-from ratelimit_sidecar.services.quota import QuotaService
 from ratelimit_sidecar.services.ratelimit import SERVICE_NAME, RateLimitService
 from ratelimit_sidecar.services.reflection import ReflectionService
 from ratelimit_sidecar.services.waits import Waits
@@ -227,7 +227,13 @@ class Sidecar:
             max_peer_groups=fewer_in_little_memory(MAX_PEER_GROUPS, GROUP_BYTES, to_fill_bytes),
         )
         self._turns = Turns()
-        self._quotas = QuotaService(quotas, self._strict_us, waits_for_rules=waits_for_rules, turns=self._turns)
+        self._quotas = QuotaService(
+            quotas,
+            self._strict_us,
+            waits_for_rules=waits_for_rules,
+            turns=self._turns,
+            max_streams=fewer_in_little_memory(MAX_STREAMS, STREAM_BYTES, to_fill_bytes),
+        )
         self._mesh = self._make_mesh(mesh_bounds)
         self._mesh.use_rules(rules.digest)
         self._snapshots, self._redis = _make_persistence(

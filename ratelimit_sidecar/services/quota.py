@@ -36,6 +36,9 @@ ACTIONS_AT_ONCE: Final = 64
 """The most actions in one message."""
 
 MAX_STREAMS: Final = 1_024
+
+STREAM_BYTES: Final = 160_000
+"""What a stream takes that has sent all but the end of a report on one bucket (`usage_reports.MAX_USAGE_BYTES`)."""
 """The most streams, of which a connection may have an eighth of those free, and an address half."""
 
 _log = structlog.stdlib.get_logger(__name__)
@@ -54,6 +57,7 @@ class QuotaService:
         strict_us: the clock of strict limits, and of `quotas`.
         waits_for_rules: True to refuse streams until `rules_loaded`.
         turns: of the event loop; its own if None. All that streams do is done in turns.
+        max_streams: at once.
     """
 
     def __init__(
@@ -63,9 +67,10 @@ class QuotaService:
         *,
         waits_for_rules: bool = False,
         turns: Turns | None = None,
+        max_streams: int = MAX_STREAMS,
     ) -> None:
         self.quotas = quotas
-        self.places = Places(MAX_STREAMS)
+        self.places = Places(max_streams)
         self._strict_us = strict_us
         self._waits_for_rules = waits_for_rules
         self._turns = turns or Turns()

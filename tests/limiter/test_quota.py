@@ -845,6 +845,10 @@ def test_a_peer_has_room_for_as_many_wants_as_are_free() -> None:
     assert not any(pool.peer_demands for pool in server.quotas.pools.values())
     four = [Group(want, 1) for want in (1, 2, 3, 4)]
     assert server.quotas.receive("a", one, four, server.now_us)
+    pools = dict(server.quotas.pools)
+    another = server.node.limiter.rlqs_take(DOMAIN, [("agent", "bob")]).bucket_key
+    assert not server.quotas.receive("b", another, four, server.now_us)
+    assert server.quotas.pools == pools, "there is none for what had no room"
 
 
 def test_buckets_that_come_and_go_are_not_all_young_to_the_cycle_collector() -> None:
