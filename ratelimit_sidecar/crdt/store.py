@@ -43,7 +43,8 @@ MAX_SHIFT: Final = 6
 """How many times the horizon is halved at first, and at most: of 64 slots 8 are left, and then at least one."""
 
 SAMPLE: Final = 16
-"""This part of all buckets says whether there are too many slots."""
+LEAST_SAMPLE: Final = 100
+"""So many buckets, and this part of all, say whether there are far too many slots."""
 
 MAX_FIRST_OF_LIMIT: Final = 4_096
 """The most buckets of one limit that are written or told before all others, since they are nearly used up."""
@@ -281,14 +282,15 @@ class Store:
                 bucket.forget_slots()
             elif isinstance(bucket, TokenBucket):
                 self._slots_seen += bucket.slots
-        if self._looked >= len(self._buckets) // SAMPLE:
-            self._shorten_if_crowded()
+        if self._looked >= max(len(self._buckets) // SAMPLE, LEAST_SAMPLE):
+            # Twice as many, since a few hot keys may be among them.
+            self._shorten_if_crowded(2 * self.most_slots)
         if self.places.is_ample:
             self.full_since_us = None
         return looked
 
     def _end_pass(self) -> None:
-        self._shorten_if_crowded()
+        self._shorten_if_crowded(self.most_slots)
         self.slots = self._slots_seen
         journal = self.journal
         if journal.horizon_shift and self.slots < self.most_slots // 3 and not journal.is_crowded:
@@ -296,10 +298,10 @@ class Store:
         self._slots_seen = self._looked = 0
         self._has_shortened = False
 
-    def _shorten_if_crowded(self) -> None:
-        """Halve the horizon, once in a pass, if the buckets that were looked at have too many slots: they are as good
-        as drawn by lot."""
-        has_too_many = self._slots_seen * len(self._buckets) > self.most_slots * self._looked
+    def _shorten_if_crowded(self, most_slots: int) -> None:
+        """Halve the horizon, once in a pass, if by the buckets that were looked at all have more than `most_slots`:
+        these are as good as drawn by lot."""
+        has_too_many = self._slots_seen * len(self._buckets) > most_slots * self._looked
         if (has_too_many or self.journal.is_crowded) and not self._has_shortened:
             self.journal.horizon_shift = min(max(self.journal.horizon_shift + 1, FIRST_SHIFT), MAX_SHIFT)
             self._has_shortened = True

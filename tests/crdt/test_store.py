@@ -116,7 +116,7 @@ def test_when_fewer_keys_are_used_the_horizon_is_whole_again() -> None:
 
 
 def test_many_slots_are_noticed_long_before_a_pass_is_over_and_a_bucket_that_is_written_to_is_sealed_at_once() -> None:
-    keys = 1_000
+    keys = 2_000
     store = hourly_store(keys)
     now_us = NOW_US
     for _ in range(10):
