@@ -37,7 +37,8 @@ MAX_WAIT_SECONDS: Final = 5.0
 """The first and the longest wait between two attempts; see `BackOff`."""
 
 LAST_TICK_SECONDS: Final = 3.0
-"""The time for the last tick, at a stop."""
+LAST_WAIT_SECONDS: Final = 0.25
+"""The time for the last tick, at a stop, and from one attempt to the next: Redis may be failing over."""
 
 AGAIN_BUCKETS: Final = 64
 """Buckets not in use that are told again in a tick."""
@@ -135,7 +136,8 @@ class Fabric:
             await self.drawing.give_back()
         with suppress(TimeoutError):
             async with asyncio.timeout(LAST_TICK_SECONDS):
-                await self.share(is_last=True)
+                while not await self.share(is_last=True):  # noqa: ASYNC110 (it does the work itself)
+                    await asyncio.sleep(LAST_WAIT_SECONDS)
         await self.close()
 
     async def share(self, *, is_last: bool = False) -> bool:

@@ -68,7 +68,8 @@ LOAD_SECONDS: Final = 10.0
 """The time for reading at the start before the sidecar is ready; the rest of a large store is read after that."""
 
 LAST_WRITE_SECONDS: Final = 3.0
-"""The time for the last write, at a stop."""
+LAST_WAIT_SECONDS: Final = 0.25
+"""The time for the last write, at a stop, and from one attempt to the next: the server may be failing over."""
 
 FIRST_WAIT_SECONDS: Final = 0.5
 MAX_WAIT_SECONDS: Final = 30.0
@@ -228,6 +229,9 @@ class RedisState:
         with suppress(TimeoutError):
             async with asyncio.timeout(LAST_WRITE_SECONDS):
                 await self._attempt(is_last=True)
+                while self.status.degraded_reason:
+                    await asyncio.sleep(LAST_WAIT_SECONDS)
+                    await self._attempt(is_last=True)
 
     async def close(self) -> None:
         if self._loading is not None:

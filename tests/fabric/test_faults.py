@@ -280,6 +280,20 @@ async def tick_unused(*made: Sidecar) -> None:
             await each.fabric.share()
 
 
+async def test_the_last_tick_is_tried_again_while_the_server_fails_over(server: RedisServer) -> None:
+    async with sidecars(server, "a", "b") as (a, b):
+        await a.share()
+        a.take("x", 10)
+        await server.kill()
+        saving = asyncio.create_task(a.fabric.save())
+        await until(lambda: bool(a.fabric.status.degraded_reason))
+        await server.start()
+        await saving
+        b.take("x", 5)
+        await b.share()
+        assert b.left() == [LIMITS["fixed"].capacity - 15]
+
+
 @pytest.mark.parametrize("name", ["tokens", "month", "fixed", "sliding"])
 @pytest.mark.parametrize("how", ["flushed", "flushed while others are in use", "restarted"])
 async def test_a_server_that_lost_its_data_is_told_what_has_not_been_in_use_for_long(

@@ -154,6 +154,21 @@ async def test_the_last_write_is_at_the_stop(server: RedisServer) -> None:
     assert await left_after_restart(server) == [97]
 
 
+async def test_the_last_write_is_tried_again_while_the_server_fails_over(server: RedisServer) -> None:
+    store = make_store(BEFORE)
+    state = state_in(server, store)
+    async with kept(state):
+        pass
+    hit(state, store)
+    await server.kill()
+    saving = asyncio.create_task(state.save())
+    await until(lambda: bool(state.status.degraded_reason))
+    await server.start()
+    await saving
+    await state.close()
+    assert await left_after_restart(server) == [97]
+
+
 async def test_a_stop_while_it_is_still_reading_writes_all_the_same(server: RedisServer) -> None:
     first = make_store(BEFORE)
     state = state_in(server, first)
