@@ -39,7 +39,7 @@ NODES: Final = 8
 # The most that one takes, in bytes (docs/sizing.md).
 _TOKEN_BUCKET: Final = 1_600
 _SHARED_BUCKET: Final = 1_500
-_SHARED_BUCKET_OF_NODE: Final = 250
+_SHARED_BUCKET_OF_NODE: Final = 450
 _SLIDING_WINDOW: Final = 7_500
 _STRICT_BUCKET: Final = 1_400
 _STRICT_BUCKET_OF_MEMBER: Final = 200

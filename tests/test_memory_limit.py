@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 from ratelimit_sidecar.config.sidecar_schema import FabricConfig, ListenConfig, SidecarConfig, SyncConfig
-from ratelimit_sidecar.crdt.limit import Window, WindowLimit
+from ratelimit_sidecar.crdt.bucket import Entry, Origin
+from ratelimit_sidecar.crdt.limit import AnyLimit, TokenBucketLimit, Window, WindowLimit
+from ratelimit_sidecar.crdt.slot import slot_id
+from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.limiter.rules import Rule
 from ratelimit_sidecar.memory_limit import (
     CALLS_SHARE,
@@ -59,6 +62,7 @@ def test_a_system_without_cgroups_has_the_memory_of_the_machine(tmp_path: Path) 
 
 EVENTUAL = SidecarConfig()
 STRICT = SidecarConfig(sync=SyncConfig(members={"a": 1, "b": 1, "c": 1}))
+MESH = SidecarConfig(listen=ListenConfig(sync="127.0.0.1:50051"))
 FABRIC = SidecarConfig(fabric=FabricConfig(url="redis://redis.example"))
 
 
@@ -74,7 +78,7 @@ def test_buckets_have_room_in_half_of_what_is_left(config: SidecarConfig, to_fil
     assert most == 10_000 or to_fill // 2 - each < most * each <= to_fill // 2
 
 
-@pytest.mark.parametrize(("peers", "each"), [(0, 3_500), (1, 3_500), (7, 3_500), (11, 4_500)])
+@pytest.mark.parametrize(("peers", "each"), [(0, 5_100), (1, 5_100), (7, 5_100), (11, 6_900)])
 def test_in_a_mesh_a_bucket_takes_more(peers: int, each: int) -> None:
     """A name of peers may have many addresses, and peers may dial in only, so there are eight nodes at least."""
     sync = SyncConfig(peers=[f"peer-{number}.example:50051" for number in range(peers)])
@@ -87,13 +91,46 @@ def test_in_a_mesh_a_bucket_takes_more(peers: int, each: int) -> None:
     [
         (60_000, 416 * MIB, 208 * MIB - 90_000_000),
         pytest.param(1_000_000, 416 * MIB, 52 * MIB, id="more buckets are configured than have room"),
-        (1_000_000, 64 * 1_024 * MIB, 2_048 * MIB),
+        (1_000_000, 64 * 1_024 * MIB, 4_096 * MIB),
     ],
 )
 def test_what_other_nodes_took_has_what_the_buckets_themselves_leave_of_their_half(
     most_buckets: int, to_fill: int, received: int
 ) -> None:
     assert max_received_bytes(most_buckets, to_fill) == received
+
+
+LIMITS = (
+    TokenBucketLimit(100, 3_600_000_000, 100),
+    TokenBucketLimit(1_000, 86_400_000_000, 1_000),
+    WindowLimit(100, 60_000_000, Window.FIXED),
+)
+
+
+@pytest.mark.parametrize("limit", LIMITS, ids=str)
+def test_clients_of_all_regions_cannot_have_what_others_took_refused(limit: AnyLimit) -> None:
+    """With as many keys as there may be, in each slot: an honest key is shared as ever."""
+    keys, most, to_fill = 300, 10_000, 2 * 10_000 * bytes_a_bucket(MESH, ())
+    store = Store(
+        Origin("here", 1),
+        lambda _key: limit,
+        max_buckets=keys,
+        max_received_bytes=max_received_bytes(most, to_fill) * keys // most,
+    )
+    peers = [Origin(f"peer-{number}", 1) for number in range(7)]
+    store.journal.peers.update(peers)
+    now_us = 1_790_000_000_000_000
+    for _ in range(40):
+        now_us += 1 << limit.exponent
+        start_us = now_us - now_us % limit.period_us if isinstance(limit, WindowLimit) else now_us
+        slot = slot_id(start_us, limit.exponent)
+        for number in range(keys):
+            store.join(b"%d" % number, limit, None, [Entry(peer, slot, 1) for peer in peers], now_us)
+        left = keys
+        while left > 0:
+            left -= store.sweep(now_us, 100)
+    assert store.journal.is_crowded
+    assert not store.journal.refused
 
 
 def test_there_are_a_million_where_there_is_room() -> None:

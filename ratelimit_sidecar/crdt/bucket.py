@@ -50,11 +50,9 @@ LEAST_RECEIVED: Final = 4
 """So many entries of other origins a bucket may always hold, also when all buckets together have too many
 (`Journal.is_full`): keys that few take from are shared even then."""
 
-ORIGIN_BYTES: Final = 250
-"""About the memory that another origin takes in a bucket with its first entries; the origin itself is mostly shared."""
-
-ENTRY_BYTES: Final = 100
-"""About the memory of each entry."""
+ORIGIN_BYTES: Final = 230
+ENTRY_BYTES: Final = 80
+"""About the memory that another origin takes in a bucket, and besides each of its entries."""
 
 SUMMED_ENTRIES: Final = 256
 """From this many entries of other origins on, a bucket also keeps their sum for each slot. A recount (at each delta of

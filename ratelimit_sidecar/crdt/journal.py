@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ratelimit_sidecar.crdt.bucket import Bucket, Origin
 
 
-DEFAULT_MAX_RECEIVED_BYTES: Final = 1 << 31
+DEFAULT_MAX_RECEIVED_BYTES: Final = 1 << 32
 """For what others took: from a million buckets, on eight nodes."""
 
 MAX_URGENT_LIMITS: Final = 64
@@ -157,7 +157,8 @@ class Journal:
 
     @property
     def is_crowded(self) -> bool:
-        """Whether they take half of that. Token buckets are sealed early then."""
+        """Whether they take half of that. Token buckets are sealed as early as may be then, so that clients who invent
+        keys in all regions do not fill the rest."""
         return self.received_bytes >= self.max_received_bytes >> 1
 
     def leave_out(self, error: Exception) -> None:

@@ -285,6 +285,8 @@ class Store:
         if self._looked >= max(len(self._buckets) // SAMPLE, LEAST_SAMPLE):
             # Twice as many, since a few hot keys may be among them.
             self._shorten_if_crowded(2 * self.most_slots)
+        if self.journal.is_crowded:
+            self.journal.horizon_shift = MAX_SHIFT
         if self.places.is_ample:
             self.full_since_us = None
         return looked
@@ -302,7 +304,7 @@ class Store:
         """Halve the horizon, once in a pass, if by the buckets that were looked at all have more than `most_slots`:
         these are as good as drawn by lot."""
         has_too_many = self._slots_seen * len(self._buckets) > most_slots * self._looked
-        if (has_too_many or self.journal.is_crowded) and not self._has_shortened:
+        if has_too_many and not self._has_shortened:
             self.journal.horizon_shift = min(max(self.journal.horizon_shift + 1, FIRST_SHIFT), MAX_SHIFT)
             self._has_shortened = True
 
