@@ -68,6 +68,7 @@ from ratelimit_sidecar.memory_limit import (
     max_received_bytes,
     memory_limit_bytes,
     memory_to_fill,
+    sliding_places,
 )
 from ratelimit_sidecar.mesh_status import MembershipStatus, PeerStatus
 from ratelimit_sidecar.persistence.purse_file import PurseFile
@@ -667,7 +668,7 @@ class Sidecar:
             with suppress(TimeoutError):
                 async with asyncio.timeout(JOIN_SECONDS):
                     await self._fabric.has_answered.wait()
-        self._joined = True
+        self._joined, self.limiter.store.is_starting = True, False
         self._health.changed()
         _log.info("ready")
 
@@ -811,15 +812,18 @@ def _make_limiter(config: SidecarConfig, rules: Rules, now_us: int, most: int, t
         kind = Ledger if config.fabric is None else GrantLedger
         shares = Shares(config.membership, config.member, now_us, has_never_lent=config.fabric is not None)
         ledger = kind(shares, origin, rules.strict_limit_of_key, max_buckets=most, rule_key=rule_key)
-    return Limiter(
+    limiter = Limiter(
         rules,
         origin,
         config.settings,
         ledger,
         max_buckets=most,
-        max_received_bytes=max_received_bytes(most, to_fill_bytes),
+        max_received_bytes=max_received_bytes(config, most, to_fill_bytes),
+        sliding_places=sliding_places(config, rules),
         max_plan_bytes=less_in_little_memory(MAX_PLANS_BYTES, to_fill_bytes),
     )
+    limiter.store.is_starting = True
+    return limiter
 
 
 def _front_end_bounds(listen: ListenConfig, file_limits: FileLimits, memory_bytes: int) -> ServerBounds:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from ratelimit_sidecar.config.sidecar import SidecarConfig
+from ratelimit_sidecar.crdt.bucket import ENTRY_BYTES, LEAST_SLOTS, ORIGIN_BYTES
 from ratelimit_sidecar.crdt.journal import DEFAULT_MAX_RECEIVED_BYTES
 from ratelimit_sidecar.crdt.limit import Window, WindowLimit
 from ratelimit_sidecar.crdt.store import DEFAULT_MAX_BUCKETS
@@ -39,7 +40,7 @@ NODES: Final = 8
 # The most that one takes, in bytes (docs/sizing.md).
 _TOKEN_BUCKET: Final = 1_600
 _SHARED_BUCKET: Final = 1_500
-_SHARED_BUCKET_OF_NODE: Final = 450
+_SHARED_BUCKET_OF_NODE: Final = ORIGIN_BYTES + LEAST_SLOTS * ENTRY_BYTES
 _SLIDING_WINDOW: Final = 7_500
 _STRICT_BUCKET: Final = 1_400
 _STRICT_BUCKET_OF_MEMBER: Final = 200
@@ -111,8 +112,17 @@ def max_buckets(config: SidecarConfig, rules: Iterable[Rule], to_fill_bytes: int
     return max(MIN_BUCKETS, min(fitting, DEFAULT_MAX_BUCKETS))
 
 
-def max_received_bytes(most_buckets: int, to_fill_bytes: int) -> int:
-    """What other nodes took may take the buckets' share of the memory, but for the buckets themselves."""
+def sliding_places(config: SidecarConfig, rules: Iterable[Rule]) -> int:
+    """As how many buckets a sliding window counts that none of these rules has: of a later rule, or of a limit that a
+    request brings. What is configured counts as it is."""
+    return 1 if config.max_buckets is not None else -(-_SLIDING_WINDOW // bytes_a_bucket(config, rules))
+
+
+def max_received_bytes(config: SidecarConfig, most_buckets: int, to_fill_bytes: int) -> int:
+    """What other nodes took may take the buckets' share of the memory, but for the buckets themselves. Without other
+    nodes there is only what this one took in its former lives."""
+    if config.listen.sync is None and config.fabric is None:
+        return DEFAULT_MAX_RECEIVED_BYTES
     left = to_fill_bytes // BUCKETS_SHARE - most_buckets * _SHARED_BUCKET
     return min(max(left, to_fill_bytes // OTHER_SHARE), DEFAULT_MAX_RECEIVED_BYTES)
 

@@ -22,6 +22,7 @@ from ratelimit_sidecar.memory_limit import (
     max_received_bytes,
     memory_limit_bytes,
     memory_to_fill,
+    sliding_places,
 )
 
 MIB = 1_024 * 1_024
@@ -78,7 +79,7 @@ def test_buckets_have_room_in_half_of_what_is_left(config: SidecarConfig, to_fil
     assert most == 10_000 or to_fill // 2 - each < most * each <= to_fill // 2
 
 
-@pytest.mark.parametrize(("peers", "each"), [(0, 5_100), (1, 5_100), (7, 5_100), (11, 6_900)])
+@pytest.mark.parametrize(("peers", "each"), [(0, 5_900), (1, 5_900), (7, 5_900), (11, 8_100)])
 def test_in_a_mesh_a_bucket_takes_more(peers: int, each: int) -> None:
     """A name of peers may have many addresses, and peers may dial in only, so there are eight nodes at least."""
     sync = SyncConfig(peers=[f"peer-{number}.example:50051" for number in range(peers)])
@@ -97,7 +98,23 @@ def test_in_a_mesh_a_bucket_takes_more(peers: int, each: int) -> None:
 def test_what_other_nodes_took_has_what_the_buckets_themselves_leave_of_their_half(
     most_buckets: int, to_fill: int, received: int
 ) -> None:
-    assert max_received_bytes(most_buckets, to_fill) == received
+    assert max_received_bytes(MESH, most_buckets, to_fill) == received
+    assert max_received_bytes(EVENTUAL, most_buckets, to_fill) == 4_096 * MIB
+
+
+@pytest.mark.parametrize(
+    ("config", "places"),
+    [
+        (EVENTUAL, 5),
+        (MESH, 2),
+        (FABRIC, 1),
+        (SidecarConfig(algorithm="sliding_window"), 1),
+        (SidecarConfig(max_buckets=9), 1),
+    ],
+)
+def test_a_sliding_window_that_no_rule_has_counts_as_what_it_takes(config: SidecarConfig, places: int) -> None:
+    """Of limits in requests, and of rules that come later."""
+    assert sliding_places(config, ()) == places
 
 
 LIMITS = (
@@ -115,7 +132,7 @@ def test_clients_of_all_regions_cannot_have_what_others_took_refused(limit: AnyL
         Origin("here", 1),
         lambda _key: limit,
         max_buckets=keys,
-        max_received_bytes=max_received_bytes(most, to_fill) * keys // most,
+        max_received_bytes=max_received_bytes(MESH, most, to_fill) * keys // most,
     )
     peers = [Origin(f"peer-{number}", 1) for number in range(7)]
     store.journal.peers.update(peers)
@@ -129,7 +146,7 @@ def test_clients_of_all_regions_cannot_have_what_others_took_refused(limit: AnyL
         left = keys
         while left > 0:
             left -= store.sweep(now_us, 100)
-    assert store.journal.is_crowded
+    assert store.journal.is_crowded or isinstance(limit, WindowLimit)
     assert not store.journal.refused
 
 

@@ -591,7 +591,7 @@ class SidecarConfig(Section):
     ] = Field(
         None,
         description="Buckets kept at once, of strict limits and of others each; 440 bytes to 1.6 kB a bucket, in a mesh"
-        " 5.1 kB, with sliding windows, strict limits and a fabric more. Beyond, new keys of a rule share"
+        " 5.9 kB, with sliding windows, strict limits and a fabric more. Beyond, new keys of a rule share"
         " overflow buckets. The memory is that of the cgroup (a container's limit), or of the machine.",
     )
     persistence: PersistenceConfig | None = Field(

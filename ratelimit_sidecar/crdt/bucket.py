@@ -46,9 +46,10 @@ MAX_RECEIVED: Final = 16_384
 recount from all entries takes some milliseconds at most, whatever a member invents.
 """
 
-LEAST_RECEIVED: Final = 4
-"""So many entries of other origins a bucket may always hold, also when all buckets together have too many
-(`Journal.is_full`): keys that few take from are shared even then."""
+LEAST_ORIGINS: Final = 8
+LEAST_SLOTS: Final = 4
+"""A bucket may always hold so many slots each of so many connected peers, however many all buckets together hold. Where
+those are sealed as early as may be, a token bucket of ten minutes or more has no more."""
 
 ORIGIN_BYTES: Final = 230
 ENTRY_BYTES: Final = 80
@@ -158,7 +159,7 @@ class Bucket(ABC):
         """The number of slots in `_received`."""
         self._received_tokens: dict[int, int] | None = None
         """The tokens in `_received` by slot, all origins together (see `_together`); None while there are few entries
-        (`SUMMED_ENTRIES`)."""
+        (`SUMMED_ENTRIES`), or few of a slot."""
         self._unsent: list[int] | None = None
         """Own slots written since `drain_changed_slots`."""
 
@@ -398,7 +399,7 @@ class Bucket(ABC):
             for slots in self._received.values():
                 for slot, tokens in slots.items():
                     by_slot[slot] = self._together(slot, by_slot.get(slot, 0), tokens)
-            if self._received_entries >= SUMMED_ENTRIES:
+            if self._are_worth_a_sum(by_slot):
                 self._received_tokens = by_slot
         return by_slot
 
@@ -583,7 +584,7 @@ class Bucket(ABC):
         if added <= 0:
             return 0
         if not held:
-            if not self._has_room(origin):
+            if not self._has_room(origin, len(slots), len(self._received or ()) - 1):
                 return 0
             self._count_received(0, 1)
         slots[slot] = tokens
@@ -595,6 +596,12 @@ class Bucket(ABC):
         by_slot = self._received_tokens
         if by_slot is not None:
             by_slot[slot] = by_slot.get(slot, 0) + tokens - held
+            if not self._are_worth_a_sum(by_slot):
+                self._received_tokens = None
+
+    def _are_worth_a_sum(self, by_slot: dict[int, int]) -> bool:
+        """Whether there are many entries, and more than one of a slot: else sums would take as much memory again."""
+        return SUMMED_ENTRIES <= self._received_entries >= 2 * len(by_slot)
 
     def _trim(self) -> None:
         """Drop the oldest slots of origins that have too many."""
@@ -617,7 +624,7 @@ class Bucket(ABC):
         if is_crowded and not self._is_peer(origin):
             self._refuse(Refused.ORIGINS)
             return 0
-        if not self._has_room(origin):
+        if not self._has_room(origin, 0, len(received)):
             return 0
         received[origin] = {slot: tokens}
         self._count_received(1, 1)
@@ -626,16 +633,23 @@ class Bucket(ABC):
         untrack(received)
         return tokens
 
-    def _has_room(self, origin: Origin) -> bool:
-        """Whether a new entry of another origin may be added; if not, that is counted."""
-        if self._received_entries >= MAX_RECEIVED and not self._is_peer(origin):
+    def _has_room(self, origin: Origin, slots: int, others: int) -> bool:
+        """Whether a new entry of another origin may be added; if not, that is counted.
+
+        Args:
+            slots: that the origin has here.
+            others: that have some here besides it.
+        """
+        is_peer = self._is_peer(origin)
+        if self._received_entries >= MAX_RECEIVED and not is_peer:
             self._refuse(Refused.ORIGINS)
             return False
-        is_full = self.journal is not None and self.journal.is_full
-        if is_full and self._received_entries >= LEAST_RECEIVED and not self._is_restoring:
-            self._refuse(Refused.FULL)
-            return False
-        return True
+        if self.journal is None or self._is_restoring or self.journal.has_room(is_peer=is_peer):
+            return True
+        if is_peer and slots < LEAST_SLOTS and others < LEAST_ORIGINS:
+            return True
+        self._refuse(Refused.FULL)
+        return False
 
     def _count_received(self, origins: int, entries: int) -> None:
         """There are so many more, or fewer, of others."""
@@ -704,8 +718,8 @@ class Bucket(ABC):
                 untrack(received)
         self._received = received or None
         if self._received_tokens is not None:
-            few = self._received_entries < SUMMED_ENTRIES
-            self._received_tokens = None if few else _without(self._received_tokens, past)
+            left_of_sums = _without(self._received_tokens, past)
+            self._received_tokens = left_of_sums if self._are_worth_a_sum(left_of_sums) else None
 
 
 def _without(slots: dict[int, int], past: list[int]) -> dict[int, int]:

@@ -37,7 +37,8 @@ class Refused(StrEnum):
     """An origin beyond the `MAX_ORIGINS` of a bucket, or, of one that is no connected peer, an entry beyond its
     `MAX_RECEIVED`."""
     FULL = "full"
-    """An entry beyond the `LEAST_RECEIVED` of a bucket while those of all buckets take as much memory as they may."""
+    """An entry beyond the `LEAST_SLOTS` of `LEAST_ORIGINS` connected peers in a bucket, while those of all buckets take
+    as much memory as they may."""
     SLOTS = "slots"
     """A slot that is older than the `MAX_SLOTS` newest of its origin in the bucket."""
     OWN = "own"
@@ -123,8 +124,8 @@ class Journal:
         self.buckets: list[Bucket] = []
         """Each at most once."""
         self.max_received_bytes = max_received_bytes
-        """The most memory that entries of other origins may take in all buckets, but for the `LEAST_RECEIVED` of each.
-        """
+        """The most memory that entries of other origins may take in all buckets, but for the least that each bucket may
+        hold of peers (`LEAST_SLOTS`)."""
         self.received_bytes = 0
         """About what they take."""
         self.horizon_shift = 0
@@ -150,10 +151,12 @@ class Journal:
         never set back.
         """
 
-    @property
-    def is_full(self) -> bool:
-        """Whether entries of other origins take as much memory as they may. Buckets refuse most new ones then."""
-        return self.received_bytes >= self.max_received_bytes
+    def has_room(self, *, is_peer: bool) -> bool:
+        """Whether entries of other origins may take more memory. Those that are no connected peers may only have a part
+        of it: a member may have invented them.
+        """
+        most = self.max_received_bytes if is_peer else self.max_received_bytes - (self.max_received_bytes >> 2)
+        return self.received_bytes < most
 
     @property
     def is_crowded(self) -> bool:

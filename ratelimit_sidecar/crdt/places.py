@@ -41,10 +41,11 @@ class BucketPlaces:
         """True when every rule could have more buckets, and some time will pass before one cannot."""
         return self._taken < self.max_buckets * AMPLE_SHARE
 
-    def take(self, key: bytes, *, is_restored: bool = False) -> bool:
+    def take(self, key: bytes, each: int = 1, *, is_restored: bool = False) -> bool:
         """Note a new bucket. False when there is no room for it: then nothing is noted.
 
         Args:
+            each: as how many a bucket of its kind counts.
             is_restored: it was written down. Such buckets come in any order, in which a rule's share would refuse some
                 that were there.
         """
@@ -53,15 +54,15 @@ class BucketPlaces:
         free = self.max_buckets - self._taken
         if (free <= 0 if is_restored else held >= RULE_SHARE * free) and key != rule:
             return False
-        places = _places_of(key)
+        places = each * _places_of(key)
         self._of_rule[rule] = held + places
         self._taken += places
         return True
 
-    def give_back(self, key: bytes) -> None:
-        """Note that a bucket was dropped."""
+    def give_back(self, key: bytes, each: int = 1) -> None:
+        """Note that a bucket was dropped, for which the same was taken."""
         rule = self.rule_key(key)
-        places = _places_of(key)
+        places = each * _places_of(key)
         held = self._of_rule[rule] - places
         if held:
             self._of_rule[rule] = held

@@ -10,7 +10,7 @@ keys share, and what peers send about the key is ignored. `sweep` makes room aga
 
 The slots of all buckets together are bounded, too. When there are too many, token buckets are sealed earlier than at
 their horizon: then less of what a peer reports late counts in full (docs/algorithm.md). And when those of other origins
-take too much memory, further ones are refused (`Journal.is_full`).
+take too much memory, further ones are refused (`Journal.has_room`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Final
 
 from ratelimit_sidecar.crdt.bucket import Base, Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.journal import DEFAULT_MAX_RECEIVED_BYTES, Journal, is_nearly_used_up
-from ratelimit_sidecar.crdt.limit import AnyLimit, TokenBucketLimit, Window
+from ratelimit_sidecar.crdt.limit import AnyLimit, TokenBucketLimit, Window, WindowLimit
 from ratelimit_sidecar.crdt.places import BucketPlaces
 from ratelimit_sidecar.crdt.token_bucket import Sealing, TokenBucket
 from ratelimit_sidecar.crdt.untracked_dict import SHARDS, UntrackedDict
@@ -72,6 +72,7 @@ class Store:
         limit_of_key: called for keys that peers send.
         max_buckets: the most buckets at once; at least 1.
         max_received_bytes: see `Journal`.
+        sliding_places: as how many of `max_buckets` a sliding window counts.
         rule_key: see `BucketPlaces`.
     """
 
@@ -82,11 +83,13 @@ class Store:
         *,
         max_buckets: int = DEFAULT_MAX_BUCKETS,
         max_received_bytes: int = DEFAULT_MAX_RECEIVED_BYTES,
+        sliding_places: int = 1,
         rule_key: Callable[[bytes], bytes] = lambda _key: b"",
     ) -> None:
         self.origin = origin
         self.limit_of_key = limit_of_key
         self.places = BucketPlaces(max_buckets, rule_key)
+        self._sliding_places = sliding_places
         self._buckets = UntrackedDict[Bucket]()
         self.journal = Journal(max_received_bytes)
         self._to_sweep: list[Bucket] = []
@@ -94,6 +97,9 @@ class Store:
         self.most_slots = SLOTS_A_BUCKET * max_buckets
         self.slots = 0
         """The slots of all token buckets, as of the last pass of `sweep` over all."""
+        self.is_starting = False
+        """True while state is read, and peers tell theirs. Until then nothing is forgotten early: what comes in of that
+        time would count as forgotten."""
         self._slots_seen = self._looked = 0
         """In this pass: slots, and buckets."""
         self._has_shortened = False
@@ -144,7 +150,7 @@ class Store:
         """
         bucket = self._buckets.get(key)
         if bucket is None:
-            if not self.places.take(key, is_restored=self.journal.is_restoring):
+            if not self.places.take(key, self._places_of(limit), is_restored=self.journal.is_restoring):
                 if self.full_since_us is None:
                     self.full_since_us = now_us
                 raise StoreFull
@@ -203,7 +209,10 @@ class Store:
             limit, replicated: as for `join`.
             base: as for `join`; `NO_BASE` when there was none.
         """
-        sealing = Sealing(limit, base, now_us) if isinstance(limit, TokenBucketLimit) else None
+        sealing: Sealing | None = None
+        if isinstance(limit, TokenBucketLimit):
+            live = self._buckets.get(key)
+            sealing = Sealing(limit, base, now_us, 0 if live is None else live.base.boundary_us)
         journal = self.journal
         left: Sequence[Entry] = entries
         while True:
@@ -277,7 +286,7 @@ class Store:
                 bucket.shorten(now_us, self.journal.horizon_shift)
             if bucket.is_idle(now_us):
                 del self._buckets[bucket.key]
-                self.places.give_back(bucket.key)
+                self.places.give_back(bucket.key, self._places_of(bucket.limit))
                 self.removals += 1
                 bucket.forget_slots()
             elif isinstance(bucket, TokenBucket):
@@ -285,11 +294,15 @@ class Store:
         if self._looked >= max(len(self._buckets) // SAMPLE, LEAST_SAMPLE):
             # Twice as many, since a few hot keys may be among them.
             self._shorten_if_crowded(2 * self.most_slots)
-        if self.journal.is_crowded:
+        if self.journal.is_crowded and not self.is_starting:
             self.journal.horizon_shift = MAX_SHIFT
         if self.places.is_ample:
             self.full_since_us = None
         return looked
+
+    def _places_of(self, limit: AnyLimit) -> int:
+        is_sliding = isinstance(limit, WindowLimit) and limit.window is Window.SLIDING
+        return self._sliding_places if is_sliding else 1
 
     def _end_pass(self) -> None:
         self._shorten_if_crowded(self.most_slots)
@@ -304,7 +317,7 @@ class Store:
         """Halve the horizon, once in a pass, if by the buckets that were looked at all have more than `most_slots`:
         these are as good as drawn by lot."""
         has_too_many = self._slots_seen * len(self._buckets) > most_slots * self._looked
-        if has_too_many and not self._has_shortened:
+        if has_too_many and not self._has_shortened and not self.is_starting:
             self.journal.horizon_shift = min(max(self.journal.horizon_shift + 1, FIRST_SHIFT), MAX_SHIFT)
             self._has_shortened = True
 

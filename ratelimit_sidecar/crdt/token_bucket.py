@@ -442,7 +442,7 @@ class TokenBucket(Bucket):
         limit = self._limit
         if self.at_us - self._base_us > limit.horizon_us + (SEAL_BATCH_SLOTS << limit.exponent):
             self.seal(self.at_us)
-        if self.journal is not None and self.journal.horizon_shift:
+        if self.journal is not None and self.journal.horizon_shift and not self._is_restoring:
             self.shorten(self.at_us, self.journal.horizon_shift)
 
     def _open_slot_of_now(self) -> None:
@@ -506,14 +506,15 @@ class Sealing:
 
     Args:
         base: scaled by the period of `limit`; `NO_BASE` if none was written down.
+        ignored_before_us: slots that began earlier are ignored by the live bucket, as one that was sealed early.
     """
 
     __slots__ = ("_base", "_boundary_us", "_earlier", "_limit")
 
-    def __init__(self, limit: TokenBucketLimit, base: Base, now_us: int) -> None:
+    def __init__(self, limit: TokenBucketLimit, base: Base, now_us: int, ignored_before_us: int = 0) -> None:
         self._limit = limit
         self._base = base
-        self._boundary_us = max(limit.boundary_us(now_us), base.boundary_us)
+        self._boundary_us = max(limit.boundary_us(now_us), base.boundary_us, ignored_before_us)
         self._earlier: dict[int, int] = {}
 
     def add(self, entries: Iterable[Entry]) -> list[Entry]:

@@ -211,7 +211,13 @@ class Gateway:
             origin = member.origin
         places = self._store.places
         most = ROOM_OF_SIDECARS * places.max_buckets
-        store = Store(origin, self._store.limit_of_key, max_buckets=most, rule_key=places.rule_key)
+        store = Store(
+            origin,
+            self._store.limit_of_key,
+            max_buckets=most,
+            max_received_bytes=self._store.journal.max_received_bytes,
+            rule_key=places.rule_key,
+        )
         region = Region(self._region, store, self._keys)
         mesh = self._mesh_of(store, None if member is None else member.payments)
         mesh.subscribe_news(region.note_news)

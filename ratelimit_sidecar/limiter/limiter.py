@@ -78,6 +78,7 @@ class Limiter:
         max_buckets: the most buckets at once. When a rule has too many, or there is no room for new keys, these share
             overflow buckets.
         max_received_bytes: the most memory that what other replicas took may take.
+        sliding_places: as how many of `max_buckets` a sliding window counts.
         max_plan_bytes: see `PlanCache`.
 
     Raises:
@@ -93,6 +94,7 @@ class Limiter:
         *,
         max_buckets: int = DEFAULT_MAX_BUCKETS,
         max_received_bytes: int = DEFAULT_MAX_RECEIVED_BYTES,
+        sliding_places: int = 1,
         max_plan_bytes: int = MAX_PLANS_BYTES,
     ) -> None:
         self.settings = settings or AnswerSettings()
@@ -101,6 +103,7 @@ class Limiter:
             rules.replicated_limit_of_key,
             max_buckets=max_buckets,
             max_received_bytes=max_received_bytes,
+            sliding_places=sliding_places,
             rule_key=rule_key,
         )
         self.ledger = ledger

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from itertools import permutations
 
 import pytest
@@ -11,7 +12,8 @@ from joined import join
 
 from ratelimit_sidecar.crdt.bucket import (
     ENTRY_BYTES,
-    LEAST_RECEIVED,
+    LEAST_ORIGINS,
+    LEAST_SLOTS,
     MAX_ORIGINS,
     MAX_RECEIVED,
     MAX_SLOTS,
@@ -141,10 +143,10 @@ def test_a_bucket_full_of_invented_entries_has_room_for_peers_and_for_all_once_t
 
 @all_limits
 @pytest.mark.parametrize("is_connected", [False, True])
-def test_what_all_buckets_together_hold_of_others_is_bounded_and_keys_of_few_are_shared_even_then(
+def test_what_all_buckets_together_hold_of_others_is_bounded_and_peers_have_their_place_even_then(
     limit: AnyLimit, is_connected: bool
 ) -> None:
-    """Also if it is told by connected peers, who say that they have restarted again and again."""
+    """Also if it is told by a connected peer, who says that it has restarted again and again."""
     most = 1 << 20
     store = Store(HERE, lambda _key: limit, max_received_bytes=most)
     slot = slot_of(limit)
@@ -157,17 +159,45 @@ def test_what_all_buckets_together_hold_of_others_is_bounded_and_keys_of_few_are
             join(store, b"%d" % number, None, [Entry(origin, slot, 1)], NOW_US)
             store.journal.peers.discard(origin)
     held = sum(len(bucket.taken) for bucket in store)
-    assert held <= most // (ORIGIN_BYTES + ENTRY_BYTES) + 1 + buckets * LEAST_RECEIVED
+    fitting = most // (ORIGIN_BYTES + ENTRY_BYTES) + 1
+    assert held <= (fitting + buckets * LEAST_ORIGINS if is_connected else fitting * 3 // 4 + 1)
     assert store.journal.refused[Refused.FULL]
     assert join(store, b"0", None, [Entry(Origin("ghost", 1), slot, 2)], NOW_US) == 1, "it is there already"
     store.journal.peers.add(THERE)
-    assert join(store, b"0", None, [Entry(THERE, slot, 1)], NOW_US) == 0
+    assert join(store, b"0", None, [Entry(THERE, slot, 1)], NOW_US) == (0 if is_connected else 1)
     assert join(store, b"of few", None, [Entry(THERE, slot, 1)], NOW_US) == 1
+    if limit.exponent == 31:
+        slots = [slot_id(NOW_US - age * (1 << limit.exponent), limit.exponent) for age in range(10)]
+        assert join(store, b"of few", None, [Entry(THERE, each, 1) for each in slots], NOW_US) == (
+            LEAST_SLOTS - 1 if is_connected else 9
+        )
     later_us = NOW_US + 3 * locked_us(limit) + 3 * DAY_US
     for turn in range(2 * buckets):
         store.sweep(later_us + turn, buckets)
     assert store.journal.received_bytes == 0
     assert join(store, b"0", None, [Entry(THERE, slot_of(limit, later_us), 1)], later_us) == 1
+
+
+def test_many_slots_of_one_member_have_no_sums_beside_them() -> None:
+    """They would take as much memory again, which is not counted."""
+    limit = TokenBucketLimit(1_000, DAY_US, 1_000)
+    store = store_of(HERE, limit)
+    slots = [slot_id(NOW_US - number * (1 << 14), 14) for number in range(MAX_SLOTS)]
+
+    entries = [Entry(THERE, slot, 1) for slot in slots]
+
+    def learn(key: bytes) -> None:
+        join(store, key, None, entries, NOW_US)
+        bucket_of(store, limit, key=key).fold(NOW_US)
+
+    learn(b"first")
+    tracemalloc.start()
+    try:
+        learn(b"k")
+        # A dict has 29 bytes for each.
+        assert tracemalloc.get_traced_memory()[0] < 45 * MAX_SLOTS
+    finally:
+        tracemalloc.stop()
 
 
 @all_limits

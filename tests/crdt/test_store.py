@@ -140,6 +140,41 @@ def test_many_slots_are_noticed_long_before_a_pass_is_over_and_a_bucket_that_is_
     assert max(bucket.slots for bucket in store) <= 20
 
 
+@pytest.mark.parametrize("is_in_use", [False, True])
+def test_state_that_is_read_of_a_bucket_counts_though_the_horizon_is_shortened(is_in_use: bool) -> None:
+    slots = [slot_id(NOW_US - age * SLOT_US, HOURLY.exponent) for age in range(1, 40)]
+    left = []
+    for shift in (0, MAX_SHIFT):
+        store = hourly_store(100)
+        store.journal.horizon_shift = shift
+        bucket = store.bucket(b"k", HOURLY, NOW_US - SLOT_US)
+        for ago_us in (SLOT_US, 0) if is_in_use else ():
+            bucket.take(1, NOW_US - ago_us)
+        for _ in store.restore(b"k", HOURLY, NO_BASE, [Entry(THERE, slot, 30) for slot in slots], NOW_US):
+            pass
+        left.append(bucket.remaining)
+    assert left[0] < HOURLY.capacity * 3 // 4
+    assert left[1] == pytest.approx(left[0], abs=1)
+
+
+def test_a_store_that_starts_forgets_nothing_early() -> None:
+    keys = 2_000
+    store = Store(HERE, lambda _key: HOURLY, max_buckets=keys, max_received_bytes=1 << 20)
+    store.is_starting = True
+    slots = [slot_id(NOW_US - age * SLOT_US, HOURLY.exponent) for age in range(20)]
+    for number in range(keys):
+        for _ in store.restore(b"%d" % number, HOURLY, NO_BASE, [Entry(THERE, slot, 1) for slot in slots], NOW_US):
+            pass
+    sweep_all(store, NOW_US)
+    sweep_all(store, NOW_US)
+    assert store.slots > store.most_slots
+    assert store.journal.is_crowded
+    assert store.journal.horizon_shift == 0
+    store.is_starting = False
+    store.sweep(NOW_US, 1)
+    assert store.journal.horizon_shift == MAX_SHIFT
+
+
 def test_few_keys_keep_their_horizon() -> None:
     store = hourly_store(100)
     use(store, 10, 80)
@@ -226,6 +261,24 @@ def test_a_step_of_the_sweep_looks_at_few_buckets_if_they_hold_slots_of_many_rep
         looked += of_step
         steps += 1
     assert steps > 1
+
+
+def test_a_sliding_window_may_count_as_several_buckets() -> None:
+    store = Store(HERE, lambda _key: LIMIT, max_buckets=90, sliding_places=5)
+
+    def fill(limit: AnyLimit, name: bytes) -> int:
+        for number in range(100):
+            try:
+                store.bucket(b"%s%d" % (name, number), limit, NOW_US)
+            except StoreFull:
+                return number
+        return 100
+
+    assert fill(SLIDING_HOUR, b"s") == 80 // 5
+    store.sweep(NOW_US, 100)
+    assert fill(LIMIT, b"t") == 80
+    store.sweep(NOW_US, 100)
+    assert fill(SLIDING_HOUR, b"s") == 80 // 5
 
 
 def test_a_bucket_with_news_for_peers_stays() -> None:
