@@ -150,7 +150,9 @@ def test_state_that_is_read_of_a_bucket_counts_though_the_horizon_is_shortened(i
         bucket = store.bucket(b"k", HOURLY, NOW_US - SLOT_US)
         for ago_us in (SLOT_US, 0) if is_in_use else ():
             bucket.take(1, NOW_US - ago_us)
-        for _ in store.restore(b"k", HOURLY, NO_BASE, [Entry(THERE, slot, 30) for slot in slots], NOW_US):
+        # More than are read at once.
+        entries = [Entry(Origin("n", number), slot, 3) for number in range(1, 11) for slot in slots]
+        for _ in store.restore(b"k", HOURLY, NO_BASE, entries, NOW_US):
             pass
         left.append(bucket.remaining)
     assert left[0] < HOURLY.capacity * 3 // 4
