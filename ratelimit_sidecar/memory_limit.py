@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from ratelimit_sidecar.config.sidecar import SidecarConfig
-from ratelimit_sidecar.crdt.bucket import ENTRY_BYTES, LEAST_SLOTS, ORIGIN_BYTES
+from ratelimit_sidecar.crdt.bucket import ENTRY_BYTES, ORIGIN_BYTES
 from ratelimit_sidecar.crdt.journal import DEFAULT_MAX_RECEIVED_BYTES
 from ratelimit_sidecar.crdt.limit import Window, WindowLimit
 from ratelimit_sidecar.crdt.store import DEFAULT_MAX_BUCKETS
@@ -40,7 +40,7 @@ NODES: Final = 8
 # The most that one takes, in bytes (docs/sizing.md).
 _TOKEN_BUCKET: Final = 1_600
 _SHARED_BUCKET: Final = 1_500
-_SHARED_BUCKET_OF_NODE: Final = ORIGIN_BYTES + LEAST_SLOTS * ENTRY_BYTES
+_SHARED_BUCKET_OF_NODE: Final = ORIGIN_BYTES + 4 * ENTRY_BYTES
 _SLIDING_WINDOW: Final = 7_500
 _STRICT_BUCKET: Final = 1_400
 _STRICT_BUCKET_OF_MEMBER: Final = 200

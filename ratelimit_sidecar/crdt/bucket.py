@@ -47,9 +47,9 @@ recount from all entries takes some milliseconds at most, whatever a member inve
 """
 
 LEAST_ORIGINS: Final = 8
-LEAST_SLOTS: Final = 4
+LEAST_SLOTS: Final = 16
 """A bucket may always hold so many slots each of so many connected peers, however many all buckets together hold. Where
-those are sealed as early as may be, a token bucket of ten minutes or more has no more."""
+they are sealed as early as may be, a token bucket that refills in a minute or more has no more."""
 
 ORIGIN_BYTES: Final = 230
 ENTRY_BYTES: Final = 80

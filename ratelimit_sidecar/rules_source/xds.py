@@ -6,8 +6,8 @@ force. Two mishaps of a server take nobody's limits away:
 - **A resource that cannot be used.** The others of the response are put in force, and it stays as it was before. The
   response is refused nevertheless, so that the server is told (gRFC A46, "xDS NACK semantics improvement").
 - **A server that has begun anew**, and says what it has piece by piece, as Envoy Gateway does Gateway by Gateway. On a
-  new stream a resource that is missing stays until the server has said nothing for `SETTLED_SECONDS`. A sidecar that
-  starts then is not ready before (`XdsClient.settled`).
+  new stream a resource that is missing stays until the server has said nothing new for `SETTLED_SECONDS`. A sidecar
+  that starts then is not ready before (`XdsClient.settled`).
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ beginning.
 """
 
 SETTLED_SECONDS = 5.0
-"""A stream on which nothing came for so long has said all that there is."""
+"""A stream on which nothing new came for so long has said all that there is. What was refused may come again and again.
+"""
 
 MAX_RESPONSE_BYTES = 32 * 1024 * 1024
 """The largest response: several 100,000 rules. A larger one ends the stream."""
@@ -156,6 +157,7 @@ class XdsClient:
 
     async def _follow(self, reloader: Reloader) -> str:
         """Follow the stream; returns why it has ended."""
+        loop = asyncio.get_running_loop()
         async with await self._channel() as channel:
             call = channel.stream_stream(METHOD)(metadata=tuple(self._config.headers.items()))
             async with asyncio.timeout(NETWORK_SECONDS):
@@ -166,13 +168,14 @@ class XdsClient:
             reading: asyncio.Future[Any] | None = None
             response: DiscoveryResponse | None = None
             is_settling, keeps_missing = True, bool(self._in_force)
+            settled_at, version = 0.0, None
             self._lacking = None
             try:
                 while True:
                     reading = reading or asyncio.ensure_future(call.read())
                     if is_settling and response is not None:
-                        await asyncio.wait([reading], timeout=SETTLED_SECONDS)
-                        is_settling = reading.done()
+                        await asyncio.wait([reading], timeout=max(0, settled_at - loop.time()))
+                        is_settling = reading.done() and loop.time() < settled_at
                         if not is_settling:
                             if self._lacking is not None:
                                 await self._load(self._lacking, reloader, keeps_missing=False)
@@ -184,6 +187,8 @@ class XdsClient:
                         response = DiscoveryResponse.FromString(raw)
                     except DecodeError:
                         return "the server sent something else than a DiscoveryResponse"
+                    if response.version_info != version:
+                        settled_at, version = loop.time() + SETTLED_SECONDS, response.version_info
                     await self._load(response, reloader, keeps_missing=is_settling and keeps_missing)
                     answer = self._answer(response, reloader)
                     await asyncio.sleep(self._subscription.hold_seconds)

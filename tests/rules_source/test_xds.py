@@ -192,6 +192,20 @@ async def test_a_server_has_said_all_once_it_is_silent(monkeypatch: pytest.Monke
             await recorder.settled.wait()
 
 
+async def test_what_is_refused_again_and_again_is_no_news(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One bad resource keeps no sidecar from being ready, and nothing that the server took away in force."""
+    monkeypatch.setattr(module, "SETTLED_SECONDS", 3_600)
+    async with left_by_its_server(config("shop", "user"), config("bank", "user")) as (recorder, address):
+        monkeypatch.setattr(module, "SETTLED_SECONDS", 1)
+        server = XdsServer(repeats_refused=True)
+        server.publish("1", config("shop", "user"), broken("mint"))
+        async with serving(server, address):
+            assert await recorder.next_load() == ["bank", "shop"]
+            async with asyncio.timeout(20):
+                await recorder.settled.wait()
+            await recorder.until_loaded("shop")
+
+
 async def test_what_a_server_lacked_before_it_broke_off_is_no_reason_to_drop_anything_later(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -19,9 +19,14 @@ HEARD_WITHIN_S = 60.0
 
 
 class XdsServer:
-    """It sends its resources to who subscribes, and again whenever they change; it keeps what it is told."""
+    """It sends its resources to who subscribes, and again whenever they change; it keeps what it is told.
 
-    def __init__(self) -> None:
+    Args:
+        repeats_refused: what a client refuses is sent again at once, as by go-control-plane.
+    """
+
+    def __init__(self, *, repeats_refused: bool = False) -> None:
+        self._repeats_refused = repeats_refused
         self.address = ""
         self.metadata: dict[str, str] = {}
         """Of the newest stream."""
@@ -69,6 +74,8 @@ class XdsServer:
                     if self._current is not None:
                         to_send.put_nowait(self._current)
                     self._streams.append(to_send)
+                elif self._repeats_refused and request.HasField("error_detail"):
+                    to_send.put_nowait(self._current)
 
         hearing = asyncio.create_task(hear())
         try:
