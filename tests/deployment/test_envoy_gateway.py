@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from functools import partial
+from itertools import count
 from typing import Any
 
 import httpx
@@ -51,16 +52,20 @@ spec:
 """
 
 
+def policies() -> str:
+    """Envoy Gateway 1.9.1 ends with a panic when a file has a number there; without it each request costs 1."""
+    text = (DEPLOY / "policies.yaml").read_text()
+    changed = text.replace("request: {from: Number, number: 0}\n", "")
+    assert changed != text
+    return changed
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def regions(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[dict[str, Gateway]]:
     try:
         async with gateways(tmp_path_factory.mktemp("gateways"), REGIONS) as running:
-            # Envoy Gateway 1.9.1 ends with a panic when a file has a number there; without it each request costs 1.
-            text = (DEPLOY / "policies.yaml").read_text()
-            changed = text.replace("request: {from: Number, number: 0}\n", "")
-            assert changed != text
             for gateway in running.values():
-                gateway.write("policies.yaml", changed)
+                gateway.write("policies.yaml", policies())
             for gateway in running.values():
                 await until(partial(limited, gateway, "/users", {"x-user-id": "early"}))
                 await until(partial(ready, gateway))
@@ -264,6 +269,26 @@ async def test_a_response_costs_the_tokens_that_it_says_it_used_or_the_most(regi
     said = {"stream": True, "stream_options": {"include_usage": True}}
     assert (await complete("green", 99, **said)).status_code == 200
     await until(partial(charged, "green", 899))
+    long = await complete("white", 599, **said)
+    assert (long.status_code, len(long.content) > 50_000) == (200, True)
+    await until(partial(charged, "white", 400))
+
+    regions[EAST].write("policies.yaml", policies().replace("request: 600s", "request: 1ms"))
+    teams = count()
+
+    async def costs_the_most() -> bool:
+        """The model may have worked all the same."""
+        team = f"late {next(teams)}"
+        try:
+            if (await complete(team, 599)).status_code != 504:
+                return False
+        except httpx.RemoteProtocolError:
+            # The time was over amid the response.
+            return False
+        await until(partial(charged, team, 399))
+        return True
+
+    await until(costs_the_most)
 
 
 async def test_a_limit_holds_in_both_regions_together(regions: dict[str, Gateway]) -> None:
