@@ -139,6 +139,12 @@ The domain is the context extension `domain`; over HTTP it stands in the `path_p
 without one, over HTTP those with the prefix `/ext_authz/`, are for the domain with `default: true`. A request passes
 when its domain has no `ext_authz`, when it lacks what each of the descriptors is made from, or when no rule limits it;
 over HTTP one for a domain that no rules have is denied with 404. Rules from an xDS server have no `ext_authz`.
+
+Over HTTP, for what has no gRPC: `listen.ext_authz_http` is a port [without
+TLS](../threat-model.md#whoever-reaches-listenext_authz_http), with [bounds](bounds.md#clients). A `path_prefix`
+other than `/ext_authz/` is denied with 404, an error with 503. There are headers, path and method only;
+`authorization_request.headers_to_add` sends more. **With `failure_mode_allow` have no route for `CONNECT`**: it passes
+whatever the answer.
 """
 
 _RULES_MATCHING = """\
