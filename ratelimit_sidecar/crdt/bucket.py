@@ -640,13 +640,14 @@ class Bucket(ABC):
             slots: that the origin has here.
             others: that have some here besides it.
         """
-        is_peer = self._is_peer(origin)
-        if self._received_entries >= MAX_RECEIVED and not is_peer:
+        if self._received_entries >= MAX_RECEIVED and not self._is_peer(origin):
             self._refuse(Refused.ORIGINS)
             return False
-        if self.journal is None or self._is_restoring or self.journal.has_room(is_peer=is_peer):
+        journal = self.journal
+        if journal is None or self._is_restoring or journal.has_room(is_peer=False):
             return True
-        if is_peer and slots < LEAST_SLOTS and others < LEAST_ORIGINS:
+        has_place = slots < LEAST_SLOTS and others < LEAST_ORIGINS
+        if (has_place or journal.has_room(is_peer=True)) and self._is_peer(origin):
             return True
         self._refuse(Refused.FULL)
         return False
