@@ -178,25 +178,25 @@ def test_what_all_buckets_together_hold_of_others_is_bounded_and_peers_have_thei
 
 
 def test_many_slots_of_one_member_have_no_sums_beside_them() -> None:
-    """They would take as much memory again, which is not counted."""
+    """They would take as much memory again, which is not counted. Those of two have sums."""
     limit = TokenBucketLimit(1_000, DAY_US, 1_000)
     store = store_of(HERE, limit)
     slots = [slot_id(NOW_US - number * (1 << 14), 14) for number in range(MAX_SLOTS)]
 
-    entries = [Entry(THERE, slot, 1) for slot in slots]
+    def bytes_held(key: bytes, *origins: Origin) -> int:
+        parts = [[Entry(origin, slot, 1) for slot in slots] for origin in origins]
+        tracemalloc.start()
+        try:
+            for entries in parts:
+                join(store, key, None, entries, NOW_US)
+            bucket_of(store, limit, key=key).fold(NOW_US)
+            return tracemalloc.get_traced_memory()[0]
+        finally:
+            tracemalloc.stop()
 
-    def learn(key: bytes) -> None:
-        join(store, key, None, entries, NOW_US)
-        bucket_of(store, limit, key=key).fold(NOW_US)
-
-    learn(b"first")
-    tracemalloc.start()
-    try:
-        learn(b"k")
-        # A dict has 29 bytes for each.
-        assert tracemalloc.get_traced_memory()[0] < 45 * MAX_SLOTS
-    finally:
-        tracemalloc.stop()
+    bytes_held(b"first", THERE)
+    # A dict takes 29 bytes for each of its items.
+    assert bytes_held(b"of two", THERE, HOSTILE) - 2 * bytes_held(b"of one", THERE) > 20 * MAX_SLOTS
 
 
 @all_limits
