@@ -48,8 +48,9 @@ recount from all entries takes some milliseconds at most, whatever a member inve
 
 LEAST_ORIGINS: Final = 8
 LEAST_SLOTS: Final = 16
-"""A bucket may always hold so many slots each of so many connected peers, however many all buckets together hold. Where
-they are sealed as early as may be, a token bucket that refills in a minute or more has no more."""
+"""A bucket may hold so many slots each of so many connected peers also when all buckets together hold too many
+(`Journal.max_received_bytes`). Where they are sealed as early as may be, a token bucket that refills in a minute or
+longer has no more."""
 
 ORIGIN_BYTES: Final = 230
 ENTRY_BYTES: Final = 80
@@ -644,10 +645,10 @@ class Bucket(ABC):
             self._refuse(Refused.ORIGINS)
             return False
         journal = self.journal
-        if journal is None or self._is_restoring or journal.has_room(is_peer=False):
+        if journal is None or self._is_restoring or journal.has_room(quarters=3):
             return True
         has_place = slots < LEAST_SLOTS and others < LEAST_ORIGINS
-        if (has_place or journal.has_room(is_peer=True)) and self._is_peer(origin):
+        if self._is_peer(origin) and journal.has_room(quarters=5 if has_place else 4):
             return True
         self._refuse(Refused.FULL)
         return False

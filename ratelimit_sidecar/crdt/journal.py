@@ -124,8 +124,9 @@ class Journal:
         self.buckets: list[Bucket] = []
         """Each at most once."""
         self.max_received_bytes = max_received_bytes
-        """The most memory that entries of other origins may take in all buckets, but for the least that each bucket may
-        hold of peers (`LEAST_SLOTS`)."""
+        """The most memory that entries of other origins may take in all buckets. Three quarters may be taken by those
+        that are no connected peers, as a member may have invented them; a fourth more by what each bucket should have
+        (`LEAST_SLOTS`)."""
         self.received_bytes = 0
         """About what they take."""
         self.horizon_shift = 0
@@ -151,12 +152,9 @@ class Journal:
         never set back.
         """
 
-    def has_room(self, *, is_peer: bool) -> bool:
-        """Whether entries of other origins may take more memory. Those that are no connected peers may only have a part
-        of it: a member may have invented them.
-        """
-        most = self.max_received_bytes if is_peer else self.max_received_bytes - (self.max_received_bytes >> 2)
-        return self.received_bytes < most
+    def has_room(self, quarters: int) -> bool:
+        """Whether entries of other origins take less memory than so many quarters of `max_received_bytes`."""
+        return self.received_bytes < (self.max_received_bytes >> 2) * quarters
 
     @property
     def is_crowded(self) -> bool:

@@ -177,6 +177,20 @@ def test_what_all_buckets_together_hold_of_others_is_bounded_and_peers_have_thei
     assert join(store, b"0", None, [Entry(THERE, slot_of(limit, later_us), 1)], later_us) == 1
 
 
+def test_members_with_many_slots_in_each_bucket_are_bounded_too() -> None:
+    """Several, as of one certificate for a region."""
+    most = 1 << 18
+    limit = TokenBucketLimit(1_000, DAY_US, 1_000)
+    store = Store(HERE, lambda _key: limit, max_received_bytes=most)
+    slots = [slot_id(NOW_US - number * (1 << 17), 17) for number in range(LEAST_SLOTS)]
+    members = [Origin(f"m{number}", 1) for number in range(LEAST_ORIGINS)]
+    store.journal.peers.update(members)
+    for number in range(200):
+        entries = [Entry(member, slot, 1) for member in members for slot in slots]
+        join(store, b"%d" % number, None, entries, NOW_US)
+    assert most <= store.journal.received_bytes <= most * 5 // 4 + ORIGIN_BYTES + ENTRY_BYTES
+
+
 def test_many_slots_of_one_member_have_no_sums_beside_them() -> None:
     """They would take as much memory again, which is not counted. Those of two have sums."""
     limit = TokenBucketLimit(1_000, DAY_US, 1_000)
