@@ -212,8 +212,7 @@ class Sidecar:
             key_id_bytes=less_in_little_memory(MESH_BOUNDS.key_id_bytes, to_fill_bytes),
         )
         self._tracing = start_tracing(config.node.id, config.node.region)
-        most = max_buckets(config, rules, to_fill_bytes)
-        self.limiter = _make_limiter(config, rules, self.clock.now_us(), most, to_fill_bytes)
+        self.limiter = _make_limiter(config, rules, self.clock.now_us(), to_fill_bytes)
         self._fullest = FullestBuckets(self.limiter.store)
         self.reloader = Reloader(
             self._use_rules, self.clock.now_us, source_name, loaded=rules if config.xds is None else None
@@ -805,8 +804,9 @@ def _ahead(offset_us: int) -> str:
     return f"{abs(offset_us) / 1e6:.1f} s {'ahead' if offset_us > 0 else 'behind'}"
 
 
-def _make_limiter(config: SidecarConfig, rules: Rules, now_us: int, most: int, to_fill_bytes: int) -> Limiter:
+def _make_limiter(config: SidecarConfig, rules: Rules, now_us: int, to_fill_bytes: int) -> Limiter:
     origin = _new_origin(config.node.id)
+    most = max_buckets(config, rules, to_fill_bytes)
     ledger: Ledger | None = None
     if config.membership is not None:
         kind = Ledger if config.fabric is None else GrantLedger

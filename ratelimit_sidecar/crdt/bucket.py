@@ -621,10 +621,6 @@ class Bucket(ABC):
             received = self._received = {}
         if tokens <= 0:
             return 0
-        is_crowded = len(received) >= MAX_ORIGINS and not self._is_restoring
-        if is_crowded and not self._is_peer(origin):
-            self._refuse(Refused.ORIGINS)
-            return 0
         if not self._has_room(origin, 0, len(received)):
             return 0
         received[origin] = {slot: tokens}
@@ -638,10 +634,11 @@ class Bucket(ABC):
         """Whether a new entry of another origin may be added; if not, that is counted.
 
         Args:
-            slots: that the origin has here.
+            slots: that the origin has here; 0 for its first entry.
             others: that have some here besides it.
         """
-        if self._received_entries >= MAX_RECEIVED and not self._is_peer(origin):
+        is_one_too_many = not slots and others >= MAX_ORIGINS and not self._is_restoring
+        if (is_one_too_many or self._received_entries >= MAX_RECEIVED) and not self._is_peer(origin):
             self._refuse(Refused.ORIGINS)
             return False
         journal = self.journal

@@ -330,19 +330,17 @@ class Quotas:
             ValueError: not a bucket key.
         """
         pool = self.pools.get(key)
-        before, limit = None, None
-        if pool is not None:
-            before = pool.peer_demands.get(peer)
-        else:
+        if pool is None:
             limit = self._limiter.rules.replicated_limit_of_key(key)
             if limit is None or len(self.pools) >= self._max_pools:
                 return False
             if not groups:
                 return True
+            pool = Pool(key, limit)
+        before = pool.peer_demands.get(peer)
         if not self._count_groups(peer, len(groups) - (0 if before is None else len(before.groups))):
             return False
-        if pool is None:
-            pool = self.pools[key] = Pool(key, limit)
+        self.pools[key] = pool
         if groups:
             pool.peer_demands[peer] = PeerDemand(groups, strict_us)
         elif before is not None:

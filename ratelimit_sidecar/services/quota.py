@@ -36,10 +36,10 @@ ACTIONS_AT_ONCE: Final = 64
 """The most actions in one message."""
 
 MAX_STREAMS: Final = 1_024
+"""The most streams, of which a connection may have an eighth of those free, and an address half."""
 
 STREAM_BYTES: Final = 160_000
 """What a stream takes that has sent all but the end of a report on one bucket (`usage_reports.MAX_USAGE_BYTES`)."""
-"""The most streams, of which a connection may have an eighth of those free, and an address half."""
 
 _log = structlog.stdlib.get_logger(__name__)
 

@@ -13,7 +13,6 @@ from typing import Final
 from google.protobuf import descriptor_pool
 from google.protobuf.descriptor import FileDescriptor
 from google.protobuf.descriptor_pb2 import DescriptorProto, EnumDescriptorProto, FileDescriptorProto
-from google.protobuf.message import DecodeError
 from grpc_reflection.v1alpha.reflection_pb2 import (
     DESCRIPTOR,
     ErrorResponse,
@@ -25,14 +24,11 @@ from grpc_reflection.v1alpha.reflection_pb2 import (
     ServiceResponse,
 )
 
-from ratelimit_sidecar.server.rpc import Code, Handlers, Metadata, RpcError, StreamingMethod
+from ratelimit_sidecar.server.rpc import Code, Handlers, Metadata, StreamingMethod, read_small
 
 PACKAGES: Final = ("grpc.reflection.v1", "grpc.reflection.v1alpha")
 
 _SERVICE: Final = "ServerReflection"
-
-MAX_REQUEST_BYTES: Final = 4_096
-"""The largest request, which is part of its answer; a name has some tens of bytes."""
 
 
 class ReflectionService:
@@ -71,12 +67,7 @@ class ReflectionService:
             yield self._answered(raw, sent)
 
     def _answered(self, raw: bytes, sent: set[str]) -> bytes:
-        if len(raw) > MAX_REQUEST_BYTES:
-            raise RpcError(Code.INVALID_ARGUMENT, f"a request of more than {MAX_REQUEST_BYTES} bytes")
-        try:
-            request = ServerReflectionRequest.FromString(raw)
-        except DecodeError as error:
-            raise RpcError(Code.INVALID_ARGUMENT, "not a ServerReflectionRequest") from error
+        request = read_small(ServerReflectionRequest.FromString, raw, "ServerReflectionRequest")
         answer = self._answer(request, sent)
         answer.valid_host = request.host
         answer.original_request.CopyFrom(request)

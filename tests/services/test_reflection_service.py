@@ -15,9 +15,10 @@ from grpc_reflection.v1alpha.reflection_pb2 import (
 )
 from server.front_ends import EACH_KIND, channel_to, running
 
+from ratelimit_sidecar.server.rpc import MAX_SMALL_BYTES
 from ratelimit_sidecar.services import health
 from ratelimit_sidecar.services.ratelimit import SERVICE_NAME
-from ratelimit_sidecar.services.reflection import MAX_REQUEST_BYTES, PACKAGES, ReflectionService
+from ratelimit_sidecar.services.reflection import PACKAGES, ReflectionService
 
 SERVICES = [SERVICE_NAME, health.SERVICE_NAME]
 
@@ -158,7 +159,7 @@ async def test_a_question_that_is_none_is_an_invalid_argument() -> None:
     assert answer.valid_host == "here"
 
 
-@pytest.mark.parametrize("sent", [b"\xff", ServerReflectionRequest(host="h" * MAX_REQUEST_BYTES).SerializeToString()])
+@pytest.mark.parametrize("sent", [b"\xff", ServerReflectionRequest(host="h" * MAX_SMALL_BYTES).SerializeToString()])
 async def test_something_else_than_a_question_ends_the_call(kind: str, sent: bytes) -> None:
     async with (
         running(kind, ReflectionService(SERVICES).handlers()) as front_end,
