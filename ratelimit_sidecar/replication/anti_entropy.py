@@ -8,6 +8,8 @@ Every few seconds each node sums up what it holds, once for all its peers (`roun
 sends its sums, a *digest*. Where they differ the other one names its buckets (a *summary*), and both *repair*: the
 first sends what it holds of those that differ, and asks for the rest (a *pull*). A bucket that changed meanwhile is
 left alone: its next delta says how much it holds.
+
+A node that has no memory left for what others took compares with nobody: what it refuses would differ each time.
 """
 
 from __future__ import annotations
@@ -72,6 +74,8 @@ class Exchange:
 
     def note_round(self, own: Round) -> None:
         """This node has done a round."""
+        if not self._has_room():
+            return
         if self._leads:
             self._own = own
         elif self._theirs is not None and self._theirs.at_us == own.at_us:
@@ -141,7 +145,7 @@ class Exchange:
             raise ProtocolError(Reason.BAD_DIGEST, "a partition twice, or one that there is not")
         if len(digest.sums) != len(partitions) * PARTITION_RANGES:
             raise ProtocolError(Reason.BAD_DIGEST, f"{len(digest.sums)} sums of {len(partitions)} partitions")
-        if digest.at_us <= self._differing_us:
+        if digest.at_us <= self._differing_us or not self._has_room():
             # Each is answered once.
             return
         own = self._summing.find(digest.at_us)
@@ -149,6 +153,10 @@ class Exchange:
             self._theirs = digest
         else:
             self._compare(digest, own)
+
+    def _has_room(self) -> bool:
+        """Whether an entry of any origin is taken; see `Bucket.merge`."""
+        return self._store.journal.has_room(quarters=3)
 
     def _compare(self, theirs: pb.Digest, own: Round) -> None:
         self._differing.clear()

@@ -705,6 +705,23 @@ def test_a_peer_without_room_is_not_told_of_keys_again_and_again() -> None:
     assert len(b.store) == 51
 
 
+@pytest.mark.parametrize("crowded", ["a", "b"])
+def test_a_node_without_memory_for_what_others_took_compares_with_nobody_until_there_is_some(crowded: str) -> None:
+    cluster = Cluster(8, "ab", RULES)
+    cluster.run_until_settled()
+    journal = cluster[crowded].store.journal
+    most, journal.max_received_bytes = journal.max_received_bytes, 0
+    other = cluster["b" if crowded == "a" else "a"]
+    for index in range(50):
+        take(other.store, f"user {index}", 100, other.now_us)
+    cluster.run(SLOT_US + HEALS_US)
+    assert (taken_at(cluster[crowded], "user 7"), resyncs(cluster)) == (0, 0)
+    journal.max_received_bytes = most
+    cluster.run(HEALS_US)
+    assert resyncs(cluster) > 0
+    assert cluster[crowded].bucket("user 7").fold(cluster.now_us) == other.bucket("user 7").fold(cluster.now_us)
+
+
 @pytest.mark.parametrize("stride", [1, 2, 4, 8, 16, 32])
 def test_each_partition_has_its_turn_however_seldom_a_node_has_a_pass(stride: int) -> None:
     start = NOW_US // EVERY_US // stride * stride
