@@ -244,14 +244,14 @@ class SnapshotFile:
             has_changed = self._rules_changed.is_set()
             self._rules_changed.clear()
             if has_changed or self._put_off.ahead.is_due(self._now_us()):
-                async with self._saving:
-                    await self._try_put_off()
+                await self._try_put_off()
 
     async def _try_put_off(self) -> None:
         if self.is_all_joined:
             return
         left = PutOff()
-        # Until all of it was looked at, a snapshot has all of it.
+        # Until all of it was looked at, each snapshot has all of it, also one that is under way: joined twice does no
+        # harm.
         await self._join(iter(self._put_off.records), self._store.origin, left)
         self._put_off = left
         _log.info(

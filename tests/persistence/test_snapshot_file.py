@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import resource
+import threading
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from ratelimit_sidecar.persistence import snapshot_file
 from ratelimit_sidecar.persistence.put_off import RECORD_BUCKETS
 from ratelimit_sidecar.persistence.snapshot_file import SnapshotFile, StateError
 from ratelimit_sidecar.persistence.snapshot_format import REPLICATED, SnapshotSize, _record, snapshot
+from simulation.steps import done
 
 
 def files_in(folder: Path) -> list[tuple[str, int, int]]:
@@ -293,6 +296,35 @@ async def test_what_has_no_rule_yet_stays_in_the_file_and_is_joined_when_its_rul
     await again.snapshots.load()
     assert again.left() == [10, 97, 97]
     assert again.snapshots.is_all_joined
+
+
+async def test_what_has_no_rule_yet_does_not_wait_for_a_snapshot_under_way_which_has_it_all(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = Start(file, Rules({}))
+    await started.snapshots.load()
+    has_begun, may_go_on = asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+    open_file = os.open
+
+    def open_late(path: Path, *args: int) -> int:
+        loop.call_soon_threadsafe(has_begun.set)
+        assert may_go_on.wait(10)
+        return open_file(path, *args)
+
+    monkeypatch.setattr(os, "open", open_late)
+    saving = asyncio.create_task(started.snapshots.save())
+    await has_begun.wait()
+    started.use_rules(RULES)
+    await started.until_joined(3)
+    assert started.left() == [10, 97, 97]
+    # The buckets are gone before the snapshot comes to them.
+    done(started.store.clear())
+    may_go_on.set()
+    await saving
+    again = Start(file)
+    await again.snapshots.load()
+    assert again.left() == [10, 97, 97]
 
 
 async def test_what_is_ahead_of_a_clock_stays_in_the_file_and_is_joined_once_the_clock_has_come_forward(
