@@ -47,10 +47,8 @@ recount from all entries takes some milliseconds at most, whatever a member inve
 """
 
 LEAST_ORIGINS: Final = 8
-LEAST_SLOTS: Final = 16
-"""A bucket may hold so many slots each of so many connected peers also when all buckets together hold too many
-(`Journal.max_received_bytes`). Where they are sealed as early as may be, a token bucket that refills in a minute or
-longer has no more."""
+"""A bucket hears of so many connected peers also when all buckets together hold too many entries
+(`Journal.max_received_bytes`)."""
 
 ORIGIN_BYTES: Final = 230
 ENTRY_BYTES: Final = 80
@@ -585,7 +583,7 @@ class Bucket(ABC):
         if added <= 0:
             return 0
         if not held:
-            if not self._has_room(origin, len(slots), len(self._received or ()) - 1):
+            if not self._has_room(origin, is_first=False):
                 return 0
             self._count_received(0, 1)
         slots[slot] = tokens
@@ -621,7 +619,7 @@ class Bucket(ABC):
             received = self._received = {}
         if tokens <= 0:
             return 0
-        if not self._has_room(origin, 0, len(received)):
+        if not self._has_room(origin, is_first=True):
             return 0
         received[origin] = {slot: tokens}
         self._count_received(1, 1)
@@ -630,22 +628,17 @@ class Bucket(ABC):
         untrack(received)
         return tokens
 
-    def _has_room(self, origin: Origin, slots: int, others: int) -> bool:
-        """Whether a new entry of another origin may be added; if not, that is counted.
-
-        Args:
-            slots: that the origin has here; 0 for its first entry.
-            others: that have some here besides it.
-        """
-        is_one_too_many = not slots and others >= MAX_ORIGINS and not self._is_restoring
+    def _has_room(self, origin: Origin, *, is_first: bool) -> bool:
+        """Whether a new entry of another origin, perhaps its first, may be added; if not, that is counted."""
+        origins = len(self._received or ()) + is_first
+        is_one_too_many = is_first and origins > MAX_ORIGINS and not self._is_restoring
         if (is_one_too_many or self._received_entries >= MAX_RECEIVED) and not self._is_peer(origin):
             self._refuse(Refused.ORIGINS)
             return False
         journal = self.journal
         if journal is None or self._is_restoring or journal.has_room(quarters=3):
             return True
-        has_place = slots < LEAST_SLOTS and others < LEAST_ORIGINS
-        if self._is_peer(origin) and journal.has_room(quarters=5 if has_place else 4):
+        if self._is_peer(origin) and journal.has_room(quarters=5 if origins <= LEAST_ORIGINS else 4):
             return True
         self._refuse(Refused.FULL)
         return False

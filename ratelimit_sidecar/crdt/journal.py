@@ -37,8 +37,8 @@ class Refused(StrEnum):
     """An origin beyond the `MAX_ORIGINS` of a bucket, or, of one that is no connected peer, an entry beyond its
     `MAX_RECEIVED`."""
     FULL = "full"
-    """An entry beyond the `LEAST_SLOTS` of `LEAST_ORIGINS` connected peers in a bucket, while those of all buckets take
-    as much memory as they may."""
+    """An entry beyond those of `LEAST_ORIGINS` connected peers in a bucket, while those of all buckets take as much
+    memory as they may."""
     SLOTS = "slots"
     """A slot that is older than the `MAX_SLOTS` newest of its origin in the bucket."""
     OWN = "own"
@@ -125,8 +125,8 @@ class Journal:
         """Each at most once."""
         self.max_received_bytes = max_received_bytes
         """The most memory that entries of other origins may take in all buckets. Three quarters may be taken by those
-        that are no connected peers, as a member may have invented them; a fourth more by what each bucket should have
-        (`LEAST_SLOTS`)."""
+        that are no connected peers, as a member may have invented them; a fourth more where a bucket has few of them
+        (`LEAST_ORIGINS`)."""
         self.received_bytes = 0
         """About what they take."""
         self.horizon_shift = 0

@@ -13,7 +13,6 @@ from joined import join
 from ratelimit_sidecar.crdt.bucket import (
     ENTRY_BYTES,
     LEAST_ORIGINS,
-    LEAST_SLOTS,
     MAX_ORIGINS,
     MAX_RECEIVED,
     MAX_SLOTS,
@@ -169,7 +168,7 @@ def test_what_all_buckets_together_hold_of_others_is_bounded_and_peers_have_thei
     if limit.exponent == 31:
         slots = [slot_id(NOW_US - age * (1 << limit.exponent), limit.exponent) for age in range(20)]
         news = join(store, b"of few", None, [Entry(THERE, each, 1) for each in slots], NOW_US)
-        assert news == (LEAST_SLOTS - 1 if is_connected else 19)
+        assert news == 19
     later_us = NOW_US + 3 * locked_us(limit) + 3 * DAY_US
     for turn in range(2 * buckets):
         store.sweep(later_us + turn, buckets)
@@ -182,7 +181,7 @@ def test_members_with_many_slots_in_each_bucket_are_bounded_too() -> None:
     most = 1 << 18
     limit = TokenBucketLimit(1_000, DAY_US, 1_000)
     store = Store(HERE, lambda _key: limit, max_received_bytes=most)
-    slots = [slot_id(NOW_US - number * (1 << 17), 17) for number in range(LEAST_SLOTS)]
+    slots = [slot_id(NOW_US - number * (1 << 17), 17) for number in range(16)]
     members = [Origin(f"m{number}", 1) for number in range(LEAST_ORIGINS)]
     store.journal.peers.update(members)
     for number in range(200):
