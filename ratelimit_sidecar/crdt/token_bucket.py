@@ -221,7 +221,7 @@ class TokenBucket(Bucket):
             The number of entries that were new.
         """
         self.advance(now_us)
-        self._seal_when_due()
+        self._seal_past_horizon()
         limit = self._limit
         oldest_us = max(self._base_us, limit.boundary_us(self.at_us))
         # An id is its slot's start with the exponent in the low bits.
@@ -252,6 +252,8 @@ class TokenBucket(Bucket):
         early = self._early_refund
         if news and early is not None:
             self._refund_early(early)
+        # Not before: what comes in may be older than the shorter horizon, and in nobody's base.
+        self._shorten_while_crowded()
         return news
 
     def _place(self, slot: int, charge: int) -> bool:
@@ -439,9 +441,15 @@ class TokenBucket(Bucket):
 
     def _seal_when_due(self) -> None:
         """Seal a busy bucket now and then, so that it holds few slots even if its owner seldom calls `seal`."""
+        self._seal_past_horizon()
+        self._shorten_while_crowded()
+
+    def _seal_past_horizon(self) -> None:
         limit = self._limit
         if self.at_us - self._base_us > limit.horizon_us + (SEAL_BATCH_SLOTS << limit.exponent):
             self.seal(self.at_us)
+
+    def _shorten_while_crowded(self) -> None:
         if self.journal is not None and self.journal.horizon_shift and not self._is_restoring:
             self.shorten(self.at_us, self.journal.horizon_shift)
 
@@ -533,13 +541,6 @@ class Sealing:
     def base(self) -> Base:
         """The base of all that was added."""
         return Base(self._boundary_us, _sealed(self._limit, self._base, self._earlier, self._boundary_us))
-
-
-def sealed(limit: TokenBucketLimit, base: Base, entries: Iterable[Entry], now_us: int) -> tuple[Base, list[Entry]]:
-    """The base, and the entries that are left, of what was written down of a bucket; see `Sealing`."""
-    sealing = Sealing(limit, base, now_us)
-    later = sealing.add(entries)
-    return sealing.base, later
 
 
 def _sealed(limit: TokenBucketLimit, base: Base, tokens_by_slot: dict[int, int], boundary_us: int) -> int:

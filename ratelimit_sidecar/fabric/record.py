@@ -10,7 +10,7 @@ from ratelimit_sidecar.crdt.bucket import NO_BASE, Base, Bucket, Entry, Origin
 from ratelimit_sidecar.crdt.journal import is_nearly_used_up
 from ratelimit_sidecar.crdt.limit import MAX_AHEAD_US, MAX_EXPONENT, MIN_EXPONENT, AnyLimit, TokenBucketLimit, Window
 from ratelimit_sidecar.crdt.slot import REFUND, slot_exponent, slot_start_us
-from ratelimit_sidecar.crdt.token_bucket import SEAL_BATCH_SLOTS, sealed
+from ratelimit_sidecar.crdt.token_bucket import SEAL_BATCH_SLOTS, Sealing
 from ratelimit_sidecar.fabric.scripts import MAX_SLOTS, ROOM_SHARE, URGENT_ROOM_SHARE, class_of
 from ratelimit_sidecar.persistence.redis_record import BadRecord, read_base
 from ratelimit_sidecar.replication.deltas import MAX_SLOT_TOKENS, MAX_TIME_US
@@ -87,10 +87,13 @@ def gateway_text(bucket: Bucket, room: str, counts: Mapping[int, int], now_us: i
     return f"{room} {_state_text(bucket, now_us, has_base=has_base)}{_counts_text(counts)}".encode()
 
 
-def read_counts(text: bytes, limit: AnyLimit, origin: Origin, now_us: int) -> Answer:
+def read_counts(text: bytes, limit: AnyLimit, origin: Origin, now_us: int, sealed_us: int = 0) -> Answer:
     """Read `base;slot count slot count;slot count` as counts of `origin`, and after the second `;` of others.
 
     Slots older than the horizon are folded into the base, as nobody may have done: of others no more is read.
+
+    Args:
+        sealed_us: the boundary of the bucket that joins this. If it was sealed early, older slots are folded, too.
 
     Raises:
         BadRecord: it is malformed.
@@ -105,9 +108,11 @@ def read_counts(text: bytes, limit: AnyLimit, origin: Origin, now_us: int) -> An
     except ValueError as error:
         raise BadRecord(str(error)[:100]) from error
     of_all = entries + _entries(_ELSEWHERE, others)
-    boundary_us = limit.boundary_us(now_us)
+    boundary_us = max(limit.boundary_us(now_us), sealed_us)
     if any(entry.slot < boundary_us for entry in of_all):
-        base, of_all = sealed(limit, base or NO_BASE, of_all, now_us)
+        sealing = Sealing(limit, base or NO_BASE, now_us, sealed_us)
+        of_all = sealing.add(of_all)
+        base = sealing.base
         entries = [entry for entry in of_all if entry.origin == origin]
     return Answer(base, entries)
 

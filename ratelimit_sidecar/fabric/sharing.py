@@ -356,7 +356,7 @@ class Sharing:
         shared.id = identity
         try:
             if rest != b";":
-                others = read_counts(rest, bucket.limit, OTHERS, now_us)
+                others = read_counts(rest, bucket.limit, OTHERS, now_us, bucket.base.boundary_us)
                 self._store.join(bucket.key, bucket.limit, others.base, others.entries, now_us)
         except BadRecord:
             self.refused(ask)

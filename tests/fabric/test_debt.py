@@ -220,3 +220,40 @@ async def test_a_server_that_lost_its_data_is_told_the_debt_of_other_regions(ser
         await b.hit_at(150, 1)
         assert b.owed() == pytest.approx(240 - 150 + 1, abs=A_SLOT)
     await gateway.link.close()
+
+
+@pytest.mark.parametrize("shift", [0, 3, 6])
+@pytest.mark.parametrize("second", [14, 30, 75])
+async def test_a_sidecar_that_seals_early_hears_of_what_others_took_before(
+    server: RedisServer, shift: int, second: int
+) -> None:
+    async with region_of(server, "ab") as (a, b):
+        b.store.journal.horizon_shift = shift
+        await a.hit_at(0, 240)
+        await b.hit_at(second, 1)
+        assert b.owed() == pytest.approx(240 - second + 1, abs=A_SLOT)
+
+
+@pytest.mark.parametrize("shift", [0, 3])
+async def test_a_sidecar_that_seals_early_hides_no_debt_from_a_third(server: RedisServer, shift: int) -> None:
+    async with region_of(server, "abc") as (a, b, c):
+        b.store.journal.horizon_shift = shift
+        await a.hit_at(0, 240)
+        for second in range(14, 40):
+            await b.hit_at(second, 3)
+        await c.hit_at(60, 1)
+        # It was at its ceiling until the last of these.
+        assert c.owed() == pytest.approx(240 - (60 - 39) + 1, abs=2 * A_SLOT)
+
+
+@pytest.mark.parametrize("shift", [0, 3])
+async def test_a_bucket_that_rested_and_was_sealed_early_hears_of_what_was_taken_meanwhile(
+    server: RedisServer, shift: int
+) -> None:
+    async with region_of(server, "ab") as (a, b):
+        b.store.journal.horizon_shift = shift
+        await b.hit_at(0, 1)
+        await a.hit_at(2, 200)
+        b.store.sweep(NOW_US + 30 * SECOND_US, 9)
+        await b.hit_at(41, 1)
+        assert b.owed() == pytest.approx(201 - 41 + 1, abs=A_SLOT)
