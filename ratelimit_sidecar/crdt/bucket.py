@@ -636,7 +636,7 @@ class Bucket(ABC):
             self._refuse(Refused.ORIGINS)
             return False
         journal = self.journal
-        if journal is None or self._is_restoring or journal.has_room(quarters=3):
+        if journal is None or self._is_restoring or journal.has_room_for_all:
             return True
         if self._is_peer(origin) and journal.has_room(quarters=5 if origins <= LEAST_ORIGINS else 4):
             return True

@@ -157,6 +157,11 @@ class Journal:
         return self.received_bytes < (self.max_received_bytes >> 2) * quarters
 
     @property
+    def has_room_for_all(self) -> bool:
+        """Whether entries of any origin are taken, also of those that are no connected peers."""
+        return self.has_room(quarters=3)
+
+    @property
     def is_crowded(self) -> bool:
         """Whether they take half of that. Token buckets are sealed as early as may be then, so that clients who invent
         keys in all regions do not fill the rest."""

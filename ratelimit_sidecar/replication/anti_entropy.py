@@ -74,7 +74,7 @@ class Exchange:
 
     def note_round(self, own: Round) -> None:
         """This node has done a round."""
-        if not self._has_room():
+        if not self._store.journal.has_room_for_all:
             return
         if self._leads:
             self._own = own
@@ -145,7 +145,7 @@ class Exchange:
             raise ProtocolError(Reason.BAD_DIGEST, "a partition twice, or one that there is not")
         if len(digest.sums) != len(partitions) * PARTITION_RANGES:
             raise ProtocolError(Reason.BAD_DIGEST, f"{len(digest.sums)} sums of {len(partitions)} partitions")
-        if digest.at_us <= self._differing_us or not self._has_room():
+        if digest.at_us <= self._differing_us or not self._store.journal.has_room_for_all:
             # Each is answered once.
             return
         own = self._summing.find(digest.at_us)
@@ -153,10 +153,6 @@ class Exchange:
             self._theirs = digest
         else:
             self._compare(digest, own)
-
-    def _has_room(self) -> bool:
-        """Whether an entry of any origin is taken; see `Bucket.merge`."""
-        return self._store.journal.has_room(quarters=3)
 
     def _compare(self, theirs: pb.Digest, own: Round) -> None:
         self._differing.clear()
