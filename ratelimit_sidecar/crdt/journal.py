@@ -135,7 +135,8 @@ class Journal:
         self.urgent = UrgentBuckets()
         """Buckets of which much was taken, until somebody pops them."""
         self.peers: set[Origin] = set()
-        """The connected peers. Their entries are accepted even when a bucket already has `MAX_ORIGINS`."""
+        """The connected peers, and the fabric. Their entries are accepted even when a bucket already has
+        `MAX_ORIGINS`."""
         self.is_restoring = False
         """True while this node reads what it wrote itself: of a bucket more than `MAX_ORIGINS`, if peers have restarted
         often."""

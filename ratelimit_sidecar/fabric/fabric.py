@@ -23,7 +23,7 @@ from ratelimit_sidecar.crdt.granted import GrantLedger
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.fabric.drawing import Drawing
 from ratelimit_sidecar.fabric.gateway import TICK_SECONDS, Gateway, MeshOf
-from ratelimit_sidecar.fabric.record import life_of
+from ratelimit_sidecar.fabric.record import OTHERS, life_of
 from ratelimit_sidecar.fabric.redis_link import FAILURES, RedisLink, ScriptCall
 from ratelimit_sidecar.fabric.scripts import SHARE, FabricKeys
 from ratelimit_sidecar.fabric.sharing import BATCH_BUCKETS, BATCH_BYTES, MAX_SHARED, Ask, SharedRoom, Sharing
@@ -84,6 +84,8 @@ class Fabric:
         """Those of the latest tick; 0 before the first."""
         self._keys = keys
         self._store = store
+        # What others took has room as of a connected peer.
+        store.journal.peers.add(OTHERS)
         self._now_us = now_us
         self._life = life_of(store.origin)
         self._again: Iterator[Bucket] | None = None

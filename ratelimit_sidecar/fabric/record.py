@@ -20,16 +20,23 @@ OTHERS: Final = Origin("fabric", 1)
 
 _ELSEWHERE: Final = Origin("elsewhere", 1)
 
+_NO_BASE: Final = "0 0 0 0"
+
 _KEPT_WIDTHS: Final = {Window.FIXED: 3, Window.SLIDING: 65}
 """A window's slot counts for so many of its own widths."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a script answers about one bucket."""
+    """What a script answers about one bucket.
+
+    Args:
+        is_folded: some slots were older than the horizon, and are in the base.
+    """
 
     base: Base | None
     entries: list[Entry]
+    is_folded: bool = False
 
 
 def life_of(origin: Origin) -> str:
@@ -65,7 +72,7 @@ def room_for(bucket: Bucket, rule_key: Callable[[bytes], bytes]) -> str:
 
 
 def share_text(
-    bucket: Bucket, room: str, own: Mapping[int, int], seen: int, now_us: int, *, is_quiet: bool = False
+    bucket: Bucket, room: str, own: Mapping[int, int], now_us: int, *, seen: int, base: str, is_quiet: bool = False
 ) -> bytes:
     """The text about a bucket in a sidecar's call of `SHARE`.
 
@@ -73,9 +80,11 @@ def share_text(
         room: from `room_for`.
         own: this sidecar's counts that have changed, by slot.
         seen: the version up to which the others' are known here.
+        base: from `base_text`.
         is_quiet: nothing changed since Redis knows when the bucket is full.
     """
-    return f"{room} {seen} {_state_text(bucket, now_us, is_quiet=is_quiet)}{_counts_text(own)}".encode()
+    state = _state_text(bucket, base, now_us, is_quiet=is_quiet)
+    return f"{room} {seen} {bucket.base.boundary_us} {state}{_counts_text(own)}".encode()
 
 
 def gateway_text(bucket: Bucket, room: str, counts: Mapping[int, int], now_us: int, *, has_base: bool) -> bytes:
@@ -84,7 +93,17 @@ def gateway_text(bucket: Bucket, room: str, counts: Mapping[int, int], now_us: i
     Args:
         has_base: False while the bucket's base may miss what Redis has.
     """
-    return f"{room} {_state_text(bucket, now_us, has_base=has_base)}{_counts_text(counts)}".encode()
+    base = base_text(bucket) if has_base else _NO_BASE
+    return f"{room} {_state_text(bucket, base, now_us)}{_counts_text(counts)}".encode()
+
+
+def base_text(bucket: Bucket) -> str:
+    """What was sealed: the boundary, when that is full again, and the limit's period and tokens; all 0 of a window."""
+    limit = bucket.limit
+    if not isinstance(limit, TokenBucketLimit):
+        return _NO_BASE
+    boundary_us, deficit = bucket.base
+    return f"{boundary_us} {boundary_us - (-deficit // limit.tokens)} {limit.period_us} {limit.tokens}"
 
 
 def read_counts(text: bytes, limit: AnyLimit, origin: Origin, now_us: int, sealed_us: int = 0) -> Answer:
@@ -109,12 +128,13 @@ def read_counts(text: bytes, limit: AnyLimit, origin: Origin, now_us: int, seale
         raise BadRecord(str(error)[:100]) from error
     of_all = entries + _entries(_ELSEWHERE, others)
     boundary_us = max(limit.boundary_us(now_us), sealed_us)
-    if any(entry.slot < boundary_us for entry in of_all):
+    is_folded = any(entry.slot < boundary_us for entry in of_all)
+    if is_folded:
         sealing = Sealing(limit, base or NO_BASE, now_us, sealed_us)
         of_all = sealing.add(of_all)
         base = sealing.base
         entries = [entry for entry in of_all if entry.origin == origin]
-    return Answer(base, entries)
+    return Answer(base, entries, is_folded)
 
 
 def _entries(origin: Origin, counts: bytes) -> list[Entry]:
@@ -136,18 +156,14 @@ def _entries(origin: Origin, counts: bytes) -> list[Entry]:
     return entries
 
 
-def _state_text(bucket: Bucket, now_us: int, *, has_base: bool = True, is_quiet: bool = False) -> str:
+def _state_text(bucket: Bucket, base: str, now_us: int, *, is_quiet: bool = False) -> str:
     """How long the bucket is to be kept, in milliseconds; in how many seconds it is full, -1 when that is known; for
     how long its slots count, in microseconds; the time; and its base."""
     bucket.advance(now_us)
     limit = bucket.limit
-    base = "0 0 0 0"
     if isinstance(limit, TokenBucketLimit):
         # A replica whose base is behind still asks for what it has not folded.
         span_us = limit.horizon_us + (2 * SEAL_BATCH_SLOTS << limit.exponent)
-        if has_base:
-            boundary_us, deficit = bucket.base
-            base = f"{boundary_us} {boundary_us - (-deficit // limit.tokens)} {limit.period_us} {limit.tokens}"
     else:
         span_us = _KEPT_WIDTHS[limit.window] << limit.exponent
     full_in_us = bucket.full_in_us

@@ -267,14 +267,15 @@ SHARE: Final = (
     + """
 begin()
 local field = 'o' .. ARGV[2]
-local FIRST = 12
+local FIRST = 13
 
 local function share(key, index, name, told)
-  -- class, room, version seen, milliseconds to be kept, seconds until full (-1: as before), span and time in
-  -- microseconds, the base's boundary, full, period and tokens (all 0 of a window), and from FIRST on slots and counts.
+  -- class, room, version seen, the time up to which slots are sealed there, milliseconds to be kept, seconds until full
+  -- (-1: as before), span and time in microseconds, the boundary, full, period and tokens of a base from when all that
+  -- was seen was in it (all 0 of a window), and from FIRST on slots and counts.
   local asked = words_of(told)
-  local class, room, seen, ttl, full = asked[1], tonumber(asked[2]), asked[3], tonumber(asked[4]), tonumber(asked[5])
-  local is_window = asked[10] == '0'
+  local class, room, seen, ttl, full = asked[1], tonumber(asked[2]), asked[3], tonumber(asked[5]), tonumber(asked[6])
+  local is_window = asked[11] == '0'
   local wanted = {'id', 'base', 'keep', field}
   for at = FIRST, #asked, 2 do wanted[#wanted + 1] = 's' .. asked[at] end
   local found = redis.call('HMGET', key, unpack(wanted))
@@ -288,8 +289,8 @@ local function share(key, index, name, told)
     if #packed > MAX_PACKED then error('a field that is too long') end
     own = cmsgpack.unpack(packed)
   end
-  local boundary = tonumber(asked[8])
-  local joined = not (is_window or is_first) and joined_base(base, boundary, tonumber(asked[9]), asked[10], asked[11])
+  local boundary, full_at = tonumber(asked[9]), tonumber(asked[10])
+  local joined = not (is_window or is_first) and joined_base(base, boundary, full_at, asked[11], asked[12])
   local may_grow = has_room(class, room)
   local is_quiet = full < 0
   if not id and (joined or #asked >= FIRST) and not is_quiet then
@@ -304,7 +305,7 @@ local function share(key, index, name, told)
   local sums, fields, news, is_larger, mark = {}, {}, {}, false, ''
   local oldest, keep
   if #asked >= FIRST then
-    oldest, keep = dropping(key, keep_text, tonumber(asked[6]), math.min(now_here, tonumber(asked[7])))
+    oldest, keep = dropping(key, keep_text, tonumber(asked[7]), math.min(now_here, tonumber(asked[8])))
     for at = FIRST, #asked, 2 do
       local slot, count = tonumber(asked[at]), tonumber(asked[at + 1])
       local here, elsewhere = sums_in(found[(at - FIRST) / 2 + 5])
@@ -331,7 +332,7 @@ local function share(key, index, name, told)
     local here, elsewhere
     if sums[slot] then here, elsewhere = sums[slot][1], sums[slot][2] else here, elsewhere = sums_of(key, slot) end
     if here then
-      local is_sealed = tonumber(slot) < boundary
+      local is_sealed = tonumber(slot) < tonumber(asked[4])
       local sum = here - (not is_sealed and own[tonumber(slot)] or 0) + elsewhere
       if is_window and is_refund(tonumber(slot)) then sum = math.max(here, elsewhere) end
       if sum > 0 then

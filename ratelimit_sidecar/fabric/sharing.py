@@ -22,7 +22,7 @@ from ratelimit_sidecar.crdt.bucket import Bucket, Origin
 from ratelimit_sidecar.crdt.journal import UrgentBuckets, is_nearly_used_up
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.cycle_collector import young_objects
-from ratelimit_sidecar.fabric.record import OTHERS, counts_of, read_counts, room_for, share_text
+from ratelimit_sidecar.fabric.record import OTHERS, base_text, counts_of, read_counts, room_for, share_text
 from ratelimit_sidecar.persistence.redis_record import BadRecord
 from ratelimit_sidecar.persistence.write_queue import Slots, join_slots
 from ratelimit_sidecar.replication.deltas import MAX_KEY_BYTES
@@ -78,6 +78,8 @@ class _Shared:
         is_urgent: it is in the queue of those that are nearly used up.
         is_refused: Redis had no room for all of it, which is told again.
         has_news: the latest answer had some; Redis is not told yet when the bucket is full with them.
+        base: what was sealed when the others' counts were last answered. Seals move on meanwhile, past slots of others
+            that are not known yet; so that one is told.
     """
 
     bucket: Bucket
@@ -89,6 +91,7 @@ class _Shared:
     is_urgent: bool = False
     is_refused: bool = False
     has_news: bool = True
+    base: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,13 +312,15 @@ class Sharing:
             shared.bucket, shared.era, shared.seen, shared.waiting = bucket, self._era, 0, None
             # All that is older than the horizon is then before the base, and so answered with what was taken here.
             bucket.seal(now_us)
+            shared.base = base_text(bucket)
         if shared.is_refused:
             shared.is_refused, shared.waiting = False, None
         told, shared.waiting = shared.waiting, []
         room = room_for(bucket, self._store.places.rule_key)
         is_quiet = not shared.has_news and told == []
         own = self._own_counts(bucket, told)
-        return Ask(bucket, shared, told, share_text(bucket, room, own, shared.seen, now_us, is_quiet=is_quiet))
+        text = share_text(bucket, room, own, now_us, seen=shared.seen, base=shared.base, is_quiet=is_quiet)
+        return Ask(bucket, shared, told, text)
 
     def _own_counts(self, bucket: Bucket, slots: Slots) -> Mapping[int, int]:
         if slots is not None and self._store.origin is self._origin:
@@ -352,25 +357,28 @@ class Sharing:
         shared, bucket = ask.shared, ask.bucket
         is_refused = text.startswith(b"-")
         identity, _, rest = text[is_refused:].partition(b";")
-        is_lost = bool(shared.id) and identity != shared.id
+        is_partial = bool(shared.id) and identity != shared.id
         shared.id = identity
         try:
             if rest != b";":
                 others = read_counts(rest, bucket.limit, OTHERS, now_us, bucket.base.boundary_us)
                 self._store.join(bucket.key, bucket.limit, others.base, others.entries, now_us)
+                # They add to what was sealed here, and of two bases only the larger one counts.
+                is_partial = is_partial or (shared.seen > 0 and others.is_folded)
         except BadRecord:
             self.refused(ask)
             raise
         self.no_room += is_refused
         shared.is_refused = is_refused
         shared.has_news = not rest.endswith(b";")
-        if is_lost:
+        if is_partial:
             shared.era = -1
         else:
             if not shared.seen and bucket.base_to_send is not None:
                 # Redis has not joined its base, as it did not know the slots of others.
                 shared.waiting = None
             shared.seen = self._version
+            shared.base = base_text(bucket)
 
     def refused(self, ask: Ask) -> None:
         """Note that Redis could not share the bucket: while it is in use, all of it is told again at each turn."""

@@ -257,3 +257,17 @@ async def test_a_bucket_that_rested_and_was_sealed_early_hears_of_what_was_taken
         b.store.sweep(NOW_US + 30 * SECOND_US, 9)
         await b.hit_at(41, 1)
         assert b.owed() == pytest.approx(201 - 41 + 1, abs=A_SLOT)
+
+
+@pytest.mark.parametrize("shift", [0, 3])
+async def test_what_others_took_before_a_bucket_that_rested_was_sealed_adds_to_what_it_took_itself(
+    server: RedisServer, shift: int
+) -> None:
+    async with region_of(server, "ab") as (a, b):
+        b.store.journal.horizon_shift = shift
+        await b.hit_at(0, 100)
+        await a.hit_at(2, 100)
+        b.store.sweep(NOW_US + 30 * SECOND_US, 9)
+        await b.hit_at(41, 1)
+        await b.share()
+        assert b.owed() == pytest.approx(200 - 41 + 1, abs=2 * A_SLOT)

@@ -490,6 +490,20 @@ class Plain(Sidecar):
         self.fabric.note(self.store.drain_changes())
 
 
+async def test_while_memory_for_what_others_took_is_short_it_is_still_joined(server: RedisServer) -> None:
+    a, b = (Plain(name, server, WindowLimit(100, 60 * SECOND_US, Window.SLIDING)) for name in "ab")
+    journal = a.store.journal
+    journal.received_bytes = journal.max_received_bytes
+    b.hit(100)
+    await b.share()
+    a.hit(1)
+    await a.share()
+    [bucket] = list(a.store)
+    assert bucket.fold(a.now_us) == 101
+    for each in (a, b):
+        await each.close()
+
+
 @pytest.mark.parametrize(
     ("short", "long"),
     [
