@@ -68,6 +68,7 @@ NGHTTP2 = Path("third_party/nghttp2/lib")
 NATIVE_HTTP2 = Extension(
     "ratelimit_sidecar.server.native_http2",
     ["ratelimit_sidecar/server/native_http2.pyx", *sorted(map(str, NGHTTP2.glob("*.c")))],
+    depends=sorted(map(str, NGHTTP2.rglob("*.h"))),
     include_dirs=[str(NGHTTP2), str(NGHTTP2 / "includes")],
     define_macros=[
         ("NGHTTP2_STATICLIB", None),

@@ -600,12 +600,8 @@ cdef int _on_begin_headers(nghttp2_session *session, const nghttp2_frame *frame,
         return NGHTTP2_ERR_CALLBACK_FAILURE
 
 
-cdef int _on_header(nghttp2_session *session, const nghttp2_frame *frame, const uint8_t *name, size_t name_length,
-                    const uint8_t *value, size_t value_length, uint8_t flags, void *user_data) noexcept:
-    cdef Session self = <Session>user_data
-    cdef Request request
-    cdef Py_ssize_t size = name_length + value_length + 32
-    cdef int result = 0
+cdef int _count_field(Session self, Py_ssize_t size) noexcept:
+    """What the callback for a header returns, unless that failed."""
     self._block_bytes += size
     if self._block_bytes > OVERSIZED_PARTS * self._max_header_bytes:
         # The stream is reset, and nghttp2 looks at no more of these headers.
@@ -613,8 +609,17 @@ cdef int _on_header(nghttp2_session *session, const nghttp2_frame *frame, const 
     self._step_bytes += size
     if self._step_bytes > STEP_BYTES:
         self.has_more = True
-        result = NGHTTP2_ERR_PAUSE
-    if frame.headers.cat != NGHTTP2_HCAT_REQUEST:
+        return NGHTTP2_ERR_PAUSE
+    return 0
+
+
+cdef int _on_header(nghttp2_session *session, const nghttp2_frame *frame, const uint8_t *name, size_t name_length,
+                    const uint8_t *value, size_t value_length, uint8_t flags, void *user_data) noexcept:
+    cdef Session self = <Session>user_data
+    cdef Request request
+    cdef Py_ssize_t size = name_length + value_length + 32
+    cdef int result = _count_field(self, size)
+    if result == NGHTTP2_ERR_TEMPORAL_CALLBACK_FAILURE or frame.headers.cat != NGHTTP2_HCAT_REQUEST:
         # Trailers say nothing to a gRPC server.
         return result
     try:
@@ -661,8 +666,9 @@ cdef int _on_header(nghttp2_session *session, const nghttp2_frame *frame, const 
 cdef int _on_invalid_header(nghttp2_session *session, const nghttp2_frame *frame, const uint8_t *name,
                             size_t name_length, const uint8_t *value, size_t value_length, uint8_t flags,
                             void *user_data) noexcept:
-    # Without this nghttp2 would leave the header out; so the stream is reset.
-    return NGHTTP2_ERR_TEMPORAL_CALLBACK_FAILURE
+    # It is left out. Envoy's tracers copy a client's tracestate, with blanks around it, and a call that failed would
+    # pass.
+    return _count_field(<Session>user_data, name_length + value_length + 32)
 
 
 cdef int _on_data_chunk(nghttp2_session *session, uint8_t flags, int32_t stream_id, const uint8_t *data, size_t length,

@@ -1,9 +1,10 @@
 """The HTTP/2 session of `native_http2` on the package ngh2, for installations without a C compiler.
 
-This one is slower, and differs in three points. When a stream ends in the middle of a DATA frame, ngh2 does not say how
+This one is slower, and differs in some points. When a stream ends in the middle of a DATA frame, ngh2 does not say how
 much of that frame had arrived, so as much of the connection's window is lost. A connection that has lost half of its
-window must be replaced. A request with headers that are too large ends its connection. And headers that never end are
-neither noticed nor counted.
+window must be replaced. A request with headers that are too large ends its connection. Headers that never end are
+neither noticed nor counted. One header over 64 KiB is left out (`portable_headers`), and what is no HPACK is noticed at
+the end of its block.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import ngh2
 from ngh2 import DataReceived, NGH2Error, RequestReceived, StreamClosed, TrailersReceived
 
 from ratelimit_sidecar.server.framing import frame
+from ratelimit_sidecar.server.portable_headers import HeaderFilter, TooManyHeaders
 
 ENHANCE_YOUR_CALM: Final = 0xB
 PROTOCOL_ERROR: Final = 0x1
@@ -145,6 +147,7 @@ class Session:
         self._requests: dict[int, Request] = {}
         self._changed: list[Request] = []
         self._unconsumed = 0
+        self._header_filter = HeaderFilter(max_header_bytes)
         configuration = ngh2.Configuration(
             auto_window_update=False,
             max_inbound_header_list_size=max_header_bytes,
@@ -181,8 +184,8 @@ class Session:
 
     def receive(self, data: bytes | memoryview) -> list[Request]:
         try:
-            self._connection.receive_data(data)
-        except ngh2.DenialOfServiceError as error:
+            self._connection.receive_data(self._header_filter.receive(data))
+        except (TooManyHeaders, ngh2.DenialOfServiceError) as error:
             self.is_over = True
             raise BrokenSession(ENHANCE_YOUR_CALM) from error
         except NGH2Error as error:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from e2e.cluster import three_regions
 from otlp_receiver import OtlpReceiver
+from server.raw_http2 import connected
 
 RULES = """
 domain: openclaw
@@ -47,3 +48,16 @@ async def test_a_request_is_followed_through_envoy_and_sidecar_and_by_its_batch_
         parent = await receiver.span(lambda span: span.span_id == decision.parent_span_id, ENVOY_FLUSH_S)
         assert parent.resource["service.name"] == "envoy-us-east-1"
         assert parent.trace_id == TRACE_ID
+
+
+@pytest.mark.slow
+async def test_no_tracestate_of_a_client_makes_envoys_call_fail(tmp_path: Path) -> None:
+    """Envoy's tracer copies it as it is into the call, with the blanks that HTTP/2 lets a client put around it."""
+    async with OtlpReceiver() as receiver, three_regions(tmp_path, RULES, collector=receiver.address) as cluster:
+        traceparent = (b"traceparent", f"00-{TRACE_ID}-{CALLER_SPAN_ID}-01".encode())
+        statuses = {}
+        async with connected(cluster.regions[0].url.removeprefix("http://")) as client:
+            for state in [b"a=b"] * 20 + [b"a=b", b"a=b ", b" a=b", b"\t", b"a" * 50_000]:
+                headers = [traceparent, (b"tracestate", state)]
+                statuses[state[:9]] = (await client.call("/rate?agent=claw", b"", headers, method=b"GET")).http_status
+        assert statuses == dict.fromkeys(statuses, 429)

@@ -42,7 +42,7 @@
 /* The maximum length of one name/value pair.  This is the sum of the
    length of name and value.  This is not specified by the spec. We
    just chose the arbitrary size */
-#define NGHTTP2_HD_MAX_NV 65536
+#define NGHTTP2_HD_MAX_NV 131072
 
 /* Default size of maximum table buffer size for encoder. Even if
    remote decoder notifies larger buffer size for its decoding,
