@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -32,11 +32,14 @@ class Answer:
 
     Args:
         is_folded: some slots were older than the horizon, and are in the base.
+        other_bases: those of other limits, when there is none of the bucket's. They may lack what counts under its
+            limit, so they are for a bucket that is new here, after all entries.
     """
 
     base: Base | None
     entries: list[Entry]
     is_folded: bool = False
+    other_bases: Sequence[Base] = ()
 
 
 def life_of(origin: Origin) -> str:
@@ -107,7 +110,7 @@ def base_text(bucket: Bucket) -> str:
 
 
 def read_counts(text: bytes, limit: AnyLimit, origin: Origin, now_us: int, sealed_us: int = 0) -> Answer:
-    """Read `base;slot count slot count;slot count` as counts of `origin`, and after the second `;` of others.
+    """Read `bases;slot count slot count;slot count` as counts of `origin`, and after the second `;` of others.
 
     Slots older than the horizon are folded into the base, as nobody may have done: of others no more is read.
 
@@ -123,7 +126,7 @@ def read_counts(text: bytes, limit: AnyLimit, origin: Origin, now_us: int, seale
     if not isinstance(limit, TokenBucketLimit):
         return Answer(None, entries)
     try:
-        base = read_base(base_text, limit) if base_text else None
+        base, other_bases = _bases(base_text, limit)
     except ValueError as error:
         raise BadRecord(str(error)[:100]) from error
     of_all = entries + _entries(_ELSEWHERE, others)
@@ -134,7 +137,20 @@ def read_counts(text: bytes, limit: AnyLimit, origin: Origin, now_us: int, seale
         of_all = sealing.add(of_all)
         base = sealing.base
         entries = [entry for entry in of_all if entry.origin == origin]
-    return Answer(base, entries, is_folded)
+    return Answer(base, entries, is_folded, other_bases)
+
+
+def _bases(text: bytes, limit: TokenBucketLimit) -> tuple[Base | None, list[Base]]:
+    """That of the limit; when there is none, those of others."""
+    others = []
+    words = text.split()
+    for at in range(0, len(words), 4):
+        group = words[at : at + 4]
+        base = read_base(b" ".join(group), limit)
+        if (int(group[2]), int(group[3])) == (limit.period_us, limit.tokens):
+            return base, []
+        others.append(base)
+    return None, others
 
 
 def _entries(origin: Origin, counts: bytes) -> list[Entry]:

@@ -206,7 +206,10 @@ class Region:
                 limit = self.store.limit_of_key(key)
                 if limit is not None:
                     sums = read_counts(text, limit, self.origin, now_us)
+                    is_new = self.store.get(key) is None
                     self.store.join(key, limit, sums.base, sums.entries, now_us)
+                    for base in sums.other_bases if is_new else ():
+                        self.store.join(key, limit, base, (), now_us)
                     bucket = self.store.get(key)
                     if bucket is not None and sums.entries:
                         changes.append((bucket, sums.entries))

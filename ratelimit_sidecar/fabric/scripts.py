@@ -13,7 +13,7 @@ begin with `{prefix}:fabric1:{TAG}:`, where 1 is the format's version:
     strict       the accounts of strict limits: `accounts.py`; so is `short`
     b:KEY        id                     EPOCH:VERSION of its creation; what is of another epoch counts as absent
                  keep                   span until mark: see below
-                 base                   boundary full period tokens, as in `persistence.redis_record`
+                 bases                  for each limit: boundary full period tokens, as in `persistence.redis_record`
                  o{life}                what that life of a sidecar took: slot ids and counts, as MessagePack
                  s{slot}                "here elsewhere": the sum of these counts, and what other regions took
     i:KEY        the bucket's slots, with the version at which their sum changed last
@@ -21,8 +21,9 @@ begin with `{prefix}:fabric1:{TAG}:`, where 1 is the format's version:
 Counts only grow, and a script raises a sum by as much as it raises a count, so all of it may be told again. What was
 given back in a window is no sum: each tells how much it is in all, and the highest one counts.
 
-The base has all that began before its boundary, since only those tell it who know all slots. Whoever reads later slots
-that are older than the horizon folds them into it. So a debt stays known when nobody uses the bucket.
+A base has all that began before its boundary, since only those tell it who know all slots. Whoever reads later slots
+that are older than the horizon folds them into it. So a debt stays known when nobody uses the bucket. While rules are
+rolled out a bucket has several limits, each with a horizon and a refill of its own, and so with a base of its own.
 
 A slot is dropped once it is older than the longest span for which anybody who writes to the bucket counts it; so it
 does not matter if some of them still have another limit. `keep` has that span, until when it holds, and the number of
@@ -45,6 +46,9 @@ VERSION: Final = 1
 MAX_SLOTS: Final = 1_024
 """The most slots of one bucket. Of more, as when limits of a second and of a month run side by side, the oldest are
 dropped."""
+
+MAX_BASES: Final = 4
+"""The most bases of one bucket; for a further limit the oldest one goes."""
 
 PLACE_BYTES: Final = 128
 """About the bytes of a bucket with one slot, and of each further slot."""
@@ -79,7 +83,7 @@ end
 _COMMON: Final = (
     NUMBERS
     + f"""
-local MAX_SLOTS = {MAX_SLOTS}
+local MAX_SLOTS, MAX_BASES = {MAX_SLOTS}, {MAX_BASES}
 local MAX_PACKED = 65536
 local PLACE, COUNT_BYTES, MAX_PLACES, FULL_FOR = {PLACE_BYTES}, 15, 4095, {FULL_FOR_S}
 """
@@ -243,17 +247,21 @@ local function live_on(key, index, life, ttl)
   end
 end
 
-local function joined_base(text, boundary, full, period, rate)
-  if text then
-    local old = words_of(text)
-    local old_boundary, old_full = tonumber(old[1]), tonumber(old[2])
-    if old[3] ~= period or old[4] ~= rate then
-      -- Another limit: the deficit in tokens stays.
-      old_full = old_boundary + (old_full - old_boundary) * (old[4] * period) / (old[3] * rate)
+local function joined_bases(text, boundary, full, period, rate)
+  -- nil when there is none.
+  local bases, own = {}, nil
+  local words = words_of(text or '')
+  for at = 1, #words, 4 do
+    if words[at + 2] == period and words[at + 3] == rate then
+      own, boundary, full = #bases + 1, math.max(boundary, tonumber(words[at])), math.max(full, tonumber(words[at + 1]))
     end
-    boundary, full = math.max(boundary, old_boundary), math.max(full, old_full)
+    bases[#bases + 1] = table.concat(words, ' ', at, at + 3)
   end
-  if full > boundary then return number(boundary) .. ' ' .. number(math.ceil(full)) .. ' ' .. period .. ' ' .. rate end
+  if full > boundary then
+    bases[own or #bases + 1] = number(boundary) .. ' ' .. number(full) .. ' ' .. period .. ' ' .. rate
+  end
+  if #bases > MAX_BASES then table.remove(bases, 1) end
+  if #bases > 0 then return table.concat(bases, ' ') end
 end
 
 local function error_of(failure)
@@ -276,7 +284,7 @@ local function share(key, index, name, told)
   local asked = words_of(told)
   local class, room, seen, ttl, full = asked[1], tonumber(asked[2]), asked[3], tonumber(asked[5]), tonumber(asked[6])
   local is_window = asked[11] == '0'
-  local wanted = {'id', 'base', 'keep', field}
+  local wanted = {'id', 'bases', 'keep', field}
   for at = FIRST, #asked, 2 do wanted[#wanted + 1] = 's' .. asked[at] end
   local found = redis.call('HMGET', key, unpack(wanted))
   local life = life_of(found[1], index)
@@ -290,7 +298,7 @@ local function share(key, index, name, told)
     own = cmsgpack.unpack(packed)
   end
   local boundary, full_at = tonumber(asked[9]), tonumber(asked[10])
-  local joined = not (is_window or is_first) and joined_base(base, boundary, full_at, asked[11], asked[12])
+  local joined = not (is_window or is_first) and joined_bases(base, boundary, full_at, asked[11], asked[12])
   local may_grow = has_room(class, room)
   local is_quiet = full < 0
   if not id and (joined or #asked >= FIRST) and not is_quiet then
@@ -299,7 +307,7 @@ local function share(key, index, name, told)
   end
   if not id then return ';;' end
   if joined and joined ~= base then
-    redis.call('HSET', key, 'base', joined)
+    redis.call('HSET', key, 'bases', joined)
     base = joined
   end
   local sums, fields, news, is_larger, mark = {}, {}, {}, false, ''
@@ -397,7 +405,7 @@ local function receive(key, index, name, text)
   -- As in SHARE, but for the version seen.
   local told = words_of(text)
   local class, room, ttl = told[1], tonumber(told[2]), tonumber(told[3])
-  local found = redis.call('HMGET', key, 'id', 'base', 'keep')
+  local found = redis.call('HMGET', key, 'id', 'bases', 'keep')
   local id, base, keep_text = found[1], found[2], found[3]
   local life, may_grow, answer = life_of(id, index), has_room(class, room), ''
   if not life then
@@ -405,8 +413,8 @@ local function receive(key, index, name, text)
     create(key, index)
     life, base, keep_text = -1, false, false
   end
-  local joined = told[9] ~= '0' and joined_base(base, tonumber(told[7]), tonumber(told[8]), told[9], told[10])
-  if joined and joined ~= base then redis.call('HSET', key, 'base', joined) end
+  local joined = told[9] ~= '0' and joined_bases(base, tonumber(told[7]), tonumber(told[8]), told[9], told[10])
+  if joined and joined ~= base then redis.call('HSET', key, 'bases', joined) end
   local oldest, keep = dropping(key, keep_text, tonumber(told[5]), math.min(now_here, tonumber(told[6])))
   local fields, news = {}, {}
   for at = FIRST, #told, 2 do
@@ -432,7 +440,7 @@ end
 
 local function read(name)
   local key, index = head .. 'b:' .. name, head .. 'i:' .. name
-  local found = redis.call('HMGET', key, 'id', 'base')
+  local found = redis.call('HMGET', key, 'id', 'bases')
   if not life_of(found[1], index) then
     -- It has expired.
     redis.call('ZREM', changed, name)

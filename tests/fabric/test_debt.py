@@ -15,6 +15,7 @@ from ratelimit_sidecar.crdt.bucket import Entry, Origin
 from ratelimit_sidecar.crdt.limit import TokenBucketLimit
 from ratelimit_sidecar.crdt.slot import slot_id
 from ratelimit_sidecar.crdt.store import Store
+from ratelimit_sidecar.crdt.token_bucket import TokenBucket
 from ratelimit_sidecar.fabric.exchange import RegionExchange
 from ratelimit_sidecar.fabric.redis_link import RedisLink
 from ratelimit_sidecar.fabric.region import Region, region_origin
@@ -36,8 +37,8 @@ A_SLOT = 60 / 32
 class At(Plain):
     """A sidecar with a limit by the minute, at a second of the test."""
 
-    def __init__(self, name: str, server: RedisServer) -> None:
-        super().__init__(name, server, MINUTE)
+    def __init__(self, name: str, server: RedisServer, limit: TokenBucketLimit = MINUTE) -> None:
+        super().__init__(name, server, limit)
 
     async def hit_at(self, second: int, hits: int) -> None:
         """Take, and have one tick."""
@@ -271,3 +272,39 @@ async def test_what_others_took_before_a_bucket_that_rested_was_sealed_adds_to_w
         await b.hit_at(41, 1)
         await b.share()
         assert b.owed() == pytest.approx(200 - 41 + 1, abs=2 * A_SLOT)
+
+
+CANARIES = [
+    TokenBucketLimit(10, SECOND_US, 10),
+    TokenBucketLimit(70, 60 * SECOND_US, 70),
+    TokenBucketLimit(3_600, 3_600 * SECOND_US, 3_600),
+    TokenBucketLimit(60, 3_600 * SECOND_US, 60),
+]
+
+
+@pytest.mark.parametrize("canary", CANARIES)
+@pytest.mark.parametrize("steady_s", [0, 400])
+async def test_while_one_has_another_limit_the_others_know_what_was_taken_under_theirs(
+    server: RedisServer, canary: TokenBucketLimit, steady_s: int
+) -> None:
+    a, b, other = At("a", server), At("b", server), At("other", server, canary)
+    known = TokenBucket(b"x", MINUTE, Origin("a", 1), NOW_US)
+    for second in range(steady_s + 40):
+        hits = 58 if second == 0 else second < steady_s
+        of_other = second % 10 == 0
+        if hits:
+            # What refills is taken at once.
+            await a.hit_at(second, hits)
+        if of_other:
+            await other.hit_at(second, of_other)
+        known.take(hits, NOW_US + second * SECOND_US, always=True)
+        other.now_us = NOW_US + second * SECOND_US
+        await other.share()
+    b.now_us = other.now_us
+    b.hit(1)
+    await b.share()
+    # What the canary took is in slots as wide as its own limit's.
+    by_a = known.fold(b.now_us) / MINUTE.period_us
+    assert by_a + 1 - A_SLOT < b.owed() < by_a + 1 + (steady_s + 40) / 10 + A_SLOT
+    for each in (a, b, other):
+        await each.close()

@@ -65,9 +65,9 @@ async def damage(client: Redis, what: str, key: bytes, index: bytes) -> None:
         case "a sum with a hundred digits":
             await client.hset(key, b"s" + slot, "9" * 100 + " " + "9" * 100)
         case "a base that is none":
-            await client.hset(key, "base", "now")
+            await client.hset(key, "bases", "now")
         case "a base of infinity":
-            await client.hset(key, "base", "inf inf inf inf")
+            await client.hset(key, "bases", "inf inf inf inf")
         case "a span that is none":
             await client.hset(key, "keep", "x y z")
         case "a slot that is none":
@@ -208,7 +208,7 @@ async def test_a_bucket_of_which_only_debt_is_told_expires_too(server: RedisServ
         bucket.seal(a.now_us)
         assert not list(bucket.entries())
         await a.share()
-        assert await client.hexists(names_of(a, "x")[0], "base")
+        assert await client.hexists(names_of(a, "x")[0], "bases")
         assert all(0 < life < 60_000 for life in await lives_of(server, *names_of(a, "x")))
 
 
