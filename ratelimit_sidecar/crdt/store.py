@@ -89,7 +89,7 @@ class Store:
         self.origin = origin
         self.limit_of_key = limit_of_key
         self.places = BucketPlaces(max_buckets, rule_key)
-        self._sliding_places = sliding_places
+        self.sliding_places = sliding_places
         self._buckets = UntrackedDict[Bucket]()
         self.journal = Journal(max_received_bytes)
         self._to_sweep: list[Bucket] = []
@@ -302,7 +302,7 @@ class Store:
 
     def _places_of(self, limit: AnyLimit) -> int:
         is_sliding = isinstance(limit, WindowLimit) and limit.window is Window.SLIDING
-        return self._sliding_places if is_sliding else 1
+        return self.sliding_places if is_sliding else 1
 
     def _end_pass(self) -> None:
         self._shorten_if_crowded(self.most_slots)

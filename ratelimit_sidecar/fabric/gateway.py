@@ -23,7 +23,7 @@ from ratelimit_sidecar.crdt.granted import GrantLedger
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.fabric.exchange import MAX_ANSWERED, RegionExchange
 from ratelimit_sidecar.fabric.redis_link import FAILURES, RedisLink
-from ratelimit_sidecar.fabric.region import Region, region_origin
+from ratelimit_sidecar.fabric.region import Region
 from ratelimit_sidecar.fabric.regional_member import RegionalMember
 from ratelimit_sidecar.fabric.scripts import GIVE_UP, LEASE, FabricKeys
 from ratelimit_sidecar.fabric.status import FabricStatus
@@ -31,6 +31,7 @@ from ratelimit_sidecar.persistence.redis_calls import BackOff, Connect
 from ratelimit_sidecar.persistence.redis_record import BadRecord
 from ratelimit_sidecar.replication.mesh import Mesh
 from ratelimit_sidecar.replication.payments import PaymentExchange
+from ratelimit_sidecar.replication.peers import region_origin
 
 TICK_SECONDS: Final = 0.05
 
@@ -216,6 +217,7 @@ class Gateway:
             self._store.limit_of_key,
             max_buckets=most,
             max_received_bytes=self._store.journal.max_received_bytes,
+            sliding_places=self._store.sliding_places,
             rule_key=places.rule_key,
         )
         region = Region(self._region, store, self._keys)

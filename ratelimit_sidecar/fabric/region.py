@@ -35,11 +35,6 @@ MAX_NEWS_SLOTS: Final = 64
 """The most slots of one bucket that wait; of more, all are told."""
 
 
-def region_origin(region: str) -> Origin:
-    """The origin of everything that the sidecars of a region took, for other regions."""
-    return Origin(f"{region} (fabric)", 1)
-
-
 @dataclass(slots=True)
 class News:
     """What other regions took, to be told to the fabric.
@@ -103,6 +98,8 @@ class Region:
     def __init__(self, origin: Origin, store: Store, keys: FabricKeys, *, max_news: int = MAX_NEWS) -> None:
         self.origin = origin
         self.store = store
+        # What the region takes has room as of a connected peer.
+        store.journal.peers.add(origin)
         self.shards = [Shard() for _ in keys.shards]
         self.odd = 0
         """Buckets of the fabric that could not be read or written."""

@@ -8,6 +8,7 @@ from copy import copy
 from dataclasses import dataclass, fields
 from typing import Final, Protocol
 
+from ratelimit_sidecar.crdt.bucket import Origin
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.mesh_status import PeerCounts, PeerStatus
 from ratelimit_sidecar.replication.changes import ChangeLog
@@ -111,6 +112,8 @@ class Peer:
         self.protocol = 0
         self.is_gateway = False
         """It speaks for its region; another node may follow it."""
+        self.fabric: Origin | None = None
+        """Under which it then tells what its region took, while it is connected."""
         self.is_configured = False
         """True once a configured address has led to it."""
         self.streams: list[PeerStream] = []

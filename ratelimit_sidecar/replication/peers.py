@@ -87,6 +87,7 @@ class PeerRegistry:
         peer.is_configured |= stream.is_dialled
         peer.streams.append(stream)
         self._store.journal.peers.add(who.origin)
+        self._note_fabric(peer, region_origin(who.region) if who.is_gateway else None)
         if len(peer.streams) == 1:
             peer.connections += 1
             peer.outbox.open(who.origin, compares=stream.compares)
@@ -103,6 +104,7 @@ class PeerRegistry:
         origin, following = Origin(peer.node, peer.incarnation), peer.active
         if following is None:
             self._store.journal.peers.discard(origin)
+            self._note_fabric(peer, None)
             peer.forget_streams(now_us)
             self._on_change()
             return
@@ -113,6 +115,15 @@ class PeerRegistry:
         for other in peer.streams:
             # The newest status may have been on its way on this one, and an older one on the others.
             other.tell_status_again()
+
+    def _note_fabric(self, peer: Peer, origin: Origin | None) -> None:
+        """What a gateway tells of its region has room as what it takes itself."""
+        former, peer.fabric = peer.fabric, origin
+        peers = self._store.journal.peers
+        if former is not None and not any(other.fabric == former for other in self.by_node.values()):
+            peers.discard(former)
+        if origin is not None:
+            peers.add(origin)
 
     def forget(self, lost_before_us: int) -> None:
         """Forget the peers that only ever dialled in and were lost by then."""
@@ -174,6 +185,11 @@ class PeerRegistry:
         del self.by_node[node]
         if self._payments is not None:
             self._payments.receive_shown(node, None)
+
+
+def region_origin(region: str) -> Origin:
+    """The origin of everything that the sidecars of a region with a fabric took, for other regions."""
+    return Origin(f"{region} (fabric)", 1)
 
 
 def _duplicate_node(node: str) -> ProtocolError:

@@ -14,8 +14,9 @@ from persistence.test_snapshot import make_store
 from ratelimit_sidecar.crdt.bucket import Bucket, Origin
 from ratelimit_sidecar.fabric.exchange import RegionExchange
 from ratelimit_sidecar.fabric.redis_link import FAILURES, RedisLink
-from ratelimit_sidecar.fabric.region import Region, region_origin
+from ratelimit_sidecar.fabric.region import Region
 from ratelimit_sidecar.fabric.scripts import FabricKeys
+from ratelimit_sidecar.replication.peers import region_origin
 
 pytestmark = needs_redis
 

@@ -18,9 +18,10 @@ from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.crdt.token_bucket import TokenBucket
 from ratelimit_sidecar.fabric.exchange import RegionExchange
 from ratelimit_sidecar.fabric.redis_link import RedisLink
-from ratelimit_sidecar.fabric.region import Region, region_origin
+from ratelimit_sidecar.fabric.region import Region
 from ratelimit_sidecar.fabric.scripts import FULL_FOR_S, FabricKeys
 from ratelimit_sidecar.fabric.sharing import RESTING_TICKS
+from ratelimit_sidecar.replication.peers import region_origin
 
 pytestmark = needs_redis
 
@@ -52,7 +53,7 @@ class At(Plain):
 
 def owed(store: Store, now_us: int) -> float:
     [bucket] = list(store)
-    return bucket.fold(now_us) / MINUTE.period_us
+    return bucket.fold(now_us) / bucket.limit.period_us
 
 
 @asynccontextmanager
@@ -307,4 +308,18 @@ async def test_while_one_has_another_limit_the_others_know_what_was_taken_under_
     by_a = known.fold(b.now_us) / MINUTE.period_us
     assert by_a + 1 - A_SLOT < b.owed() < by_a + 1 + (steady_s + 40) / 10 + A_SLOT
     for each in (a, b, other):
+        await each.close()
+
+
+async def test_a_debt_is_known_to_the_first_one_with_another_limit(server: RedisServer) -> None:
+    a, b = At("a", server), At("b", server, TokenBucketLimit(70, 60 * SECOND_US, 70))
+    await a.hit_at(0, 240)
+    for second in range(10, 201, 10):
+        await a.hit_at(second, 1)
+    b.now_us = a.now_us
+    b.hit(1)
+    await b.share()
+    # Of the base, 120 s ago, what it refills itself is gone.
+    assert 240 + 20 - 80 - 120 * 70 / 60 - A_SLOT < b.owed() < a.owed()
+    for each in (a, b):
         await each.close()

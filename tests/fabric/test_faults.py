@@ -24,9 +24,10 @@ from ratelimit_sidecar.fabric.exchange import RegionExchange
 from ratelimit_sidecar.fabric.fabric import Fabric
 from ratelimit_sidecar.fabric.record import OTHERS
 from ratelimit_sidecar.fabric.redis_link import RedisLink
-from ratelimit_sidecar.fabric.region import MAX_NEWS, Region, region_origin
+from ratelimit_sidecar.fabric.region import MAX_NEWS, Region
 from ratelimit_sidecar.fabric.scripts import GATEWAY, FabricKeys
 from ratelimit_sidecar.fabric.sharing import SharedRoom, Sharing
+from ratelimit_sidecar.replication.peers import region_origin
 
 pytestmark = needs_redis
 
@@ -580,6 +581,18 @@ async def test_a_gateway_that_gets_its_rules_late_reads_what_there_is(server: Re
         assert len(store) == 0
         limits.append(LIMITS["fixed"])
         gateway.exchange.use_rules()
+        await gateway.know_all()
+        assert [sum(entry.tokens for entry in bucket.entries()) for bucket in store] == [10]
+    await gateway.link.close()
+
+
+async def test_while_its_memory_is_short_a_gateway_still_reads_what_its_region_took(server: RedisServer) -> None:
+    store = make_store(Origin("gateway", 1))
+    gateway = AtGateway(server, store)
+    store.journal.received_bytes = store.journal.max_received_bytes
+    async with sidecars(server, "a") as [a]:
+        a.take("x", 10)
+        await a.share()
         await gateway.know_all()
         assert [sum(entry.tokens for entry in bucket.entries()) for bucket in store] == [10]
     await gateway.link.close()

@@ -24,11 +24,11 @@ from ratelimit_sidecar.crdt.shares import Membership, Shares
 from ratelimit_sidecar.crdt.store import Store
 from ratelimit_sidecar.demo.ports import HOST
 from ratelimit_sidecar.fabric.fabric import Fabric
-from ratelimit_sidecar.fabric.region import region_origin
 from ratelimit_sidecar.fabric.scripts import FabricKeys
 from ratelimit_sidecar.persistence.redis_client import Connector, shard_tags
 from ratelimit_sidecar.replication.mesh import Mesh
 from ratelimit_sidecar.replication.payments import PaymentExchange
+from ratelimit_sidecar.replication.peers import region_origin
 
 pytestmark = [needs_redis, pytest.mark.long]
 

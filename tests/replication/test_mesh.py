@@ -6,7 +6,7 @@ import asyncio
 import gc
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 
 import grpc
 import grpc.aio
@@ -26,6 +26,7 @@ from replication.builders import (
 )
 from replication.meshes import (
     TIMEOUT_SECONDS,
+    Sidecar,
     address_of,
     dialled,
     events,
@@ -48,7 +49,7 @@ from ratelimit_sidecar.replication.listener import Listener
 from ratelimit_sidecar.replication.mesh import Mesh
 from ratelimit_sidecar.replication.open_streams import SKEW_US
 from ratelimit_sidecar.replication.payments import PaymentExchange
-from ratelimit_sidecar.replication.peers import PEER_FORGOTTEN_US
+from ratelimit_sidecar.replication.peers import PEER_FORGOTTEN_US, region_origin
 from ratelimit_sidecar.replication.stream import Stream
 from ratelimit_sidecar.replication.stream_io import METHOD
 from ratelimit_sidecar.replication.targets import Target
@@ -106,6 +107,26 @@ async def test_a_peer_that_only_dials_in_is_told_everything_too() -> None:
         b.take("ann", 7)
         await b.knows("ann", 12)
         await a.knows("ann", 12)
+
+
+async def test_what_gateways_tell_of_their_region_has_the_room_of_a_peer_while_one_of_them_is_connected() -> None:
+    def gateway(name: str, address: str) -> AbstractAsyncContextManager[Sidecar]:
+        return sidecar(name, listen=None, peers=[address], region="west", is_gateway=True)
+
+    def is_gone(name: str) -> Callable[[], bool]:
+        return lambda: (status := a.peer(name)) is None or not status.connected
+
+    async with sidecar("a") as a, gateway("first", address_of(a)) as first, gateway("next", address_of(a)) as following:
+        peers = a.store.journal.peers
+        await a.connected_to("first")
+        await a.connected_to("next")
+        assert region_origin("west") in peers
+        await first.kill()
+        await a.until(is_gone("first"))
+        assert region_origin("west") in peers
+        await following.kill()
+        await a.until(is_gone("next"))
+        assert not peers
 
 
 async def test_a_peer_that_is_not_there_is_listed_by_its_address_and_found_when_it_comes() -> None:
