@@ -1,18 +1,20 @@
-"""Takes out of a client's bytes the headers for which ngh2 would reset the stream, so that `portable_http2` leaves them
-out, as `native_http2` does.
+"""Replaces in a client's bytes the header values for which ngh2 would reset the stream, so that `portable_http2` leaves
+those headers out, as `native_http2` does.
 
 Envoy copies what its own clients send into the headers of its calls (a tracestate, with blanks around it), and lets a
-request pass if its call fails. ngh2 has no option for it. So header blocks are decoded here and written anew; all other
-frames pass as they are.
+request pass if its call fails. ngh2 has no option for it. So header blocks are read here, but neither decoded nor
+indexed: where a later block refers to the value, HPACK's dynamic table has the stand-in. That is shorter, so the table
+holds at least what the client expects, and its newest come first. All else passes as it is.
 """
 
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Final
 
-from hpack import Decoder, HPACKError, OversizedHeaderListError
-from hpack.hpack import encode_integer
+from hpack import HPACKError
+from hpack.huffman_table import decode_huffman
 
 PREFACE_BYTES: Final = 24
 FRAME_HEAD_BYTES: Final = 9
@@ -20,6 +22,8 @@ MAX_FRAME_BYTES: Final = 16_384
 """The largest frame of a client, since SETTINGS_MAX_FRAME_SIZE keeps its default."""
 MAX_VALUE_BYTES: Final = 65_536
 """The largest one that ngh2 takes; for a longer one it ends the connection."""
+MAX_READ_BYTES: Final = 1_024
+"""A longer value in Huffman code is left out unread: to read it takes 0.2 us a byte, and no call needs it."""
 
 _HEADERS: Final = 0x1
 _CONTINUATION: Final = 0x9
@@ -29,17 +33,13 @@ _PADDED: Final = 0x8
 _PRIORITY: Final = 0x20
 _PRIORITY_BYTES: Final = 5
 
-_BAD_BLOCK: Final = b"\x80"
-"""No HPACK: for this ngh2 ends the connection with COMPRESSION_ERROR."""
-
-_NAME: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]*(?:[A-Z]|(?<=.)\Z)")
-"""What ngh2 takes, or resets the stream for also natively: a name with a capital."""
 _VALUE: Final = re.compile(rb"(?:[^\x00-\x20\x7f](?:[^\x00-\x08\x0a-\x1f\x7f]*[^\x00-\x20\x7f])?)?")
-_AUTHORITY: Final = re.compile(rb"[!$%&'()*+,\-.0-9:;=A-Z\[\]_a-z~]*")
-_JUDGED: Final = frozenset((b"te", b"content-length", b"connection", b"keep-alive", b"proxy-connection", b"upgrade"))
-"""Headers whose values both sessions judge by other rules: a wrong one resets the stream."""
-
-Fields = list[tuple[bytes, bytes]]
+_PSEUDO_HEADERS: Final = range(1, 8)
+"""Of requests, in HPACK's static table (RFC 7541, appendix A)."""
+_LEFT_OUT: Final = b"\xff"
+_STAND_IN: Final = b"\x01" + _LEFT_OUT
+_ENTRY_BYTES: Final = 32
+"""What a field takes of a table, or a list, besides its name and value (RFC 7541, 4.1)."""
 
 
 class TooManyHeaders(Exception):
@@ -54,7 +54,7 @@ class HeaderFilter:
     """
 
     def __init__(self, max_header_bytes: int) -> None:
-        self._decoder = Decoder(max_header_list_size=max_header_bytes)
+        self._max_fields = max_header_bytes // _ENTRY_BYTES
         self._max_parts = max_header_bytes // MAX_FRAME_BYTES + 2
         self._passing = PREFACE_BYTES
         """How many of the next bytes pass as they are."""
@@ -120,38 +120,79 @@ class HeaderFilter:
         return [] if kind == _CONTINUATION else [_frame(kind, kept, stream, begin)]
 
     def _cleaned(self, block: bytes) -> bytes:
+        """With stand-ins. What is no HPACK stays, for ngh2 to see."""
+        parts: list[bytes] = []
+        at = since = fields = 0
         try:
-            fields = [(bytes(name), bytes(value)) for name, value in self._decoder.decode(block, raw=True)]
-        except OversizedHeaderListError as error:
-            raise TooManyHeaders from error
-        except HPACKError:
-            return _BAD_BLOCK
-        return b"".join([_literal(name, value) for name, value in _without_bad(fields)])
+            while at < len(block):
+                fields += 1
+                if fields > self._max_fields:
+                    raise TooManyHeaders
+                first = block[at]
+                if first & 0x80:
+                    _, at = _integer(block, at, 7)
+                elif first & 0x60 == 0x20:
+                    _, at = _integer(block, at, 5)
+                else:
+                    name, at = _integer(block, at, 6 if first & 0x40 else 4)
+                    if not name:
+                        at = _end_of_text(block, at)
+                    value_at, at = at, _end_of_text(block, at)
+                    if name not in _PSEUDO_HEADERS and not _is_good(block, value_at, at):
+                        parts += block[since:value_at], _STAND_IN
+                        since = at
+        except IndexError:
+            return block
+        return b"".join([*parts, block[since:]])
 
 
-def _without_bad(fields: Fields) -> Fields:
-    """Without headers that are left out. One before a pseudo-header is a mistake that ngh2 has to see."""
-    good = []
-    has_left_out = False
-    for name, value in fields:
-        if name[:1] == b":" and has_left_out:
-            return fields
-        if name[:1] == b":" or name in _JUDGED or _is_good(name, value):
-            good.append((name, value))
-        else:
-            has_left_out = True
-    return good
+def is_left_out(value: bytes) -> bool:
+    """Whether this is the stand-in."""
+    return value == _LEFT_OUT
 
 
-def _is_good(name: bytes, value: bytes) -> bool:
-    if not _NAME.match(name) or len(value) > MAX_VALUE_BYTES:
-        return False
-    return (_AUTHORITY if name == b"host" else _VALUE).fullmatch(value) is not None
+def _is_good(block: bytes, value_at: int, end: int) -> bool:
+    size, start = _integer(block, value_at, 7)
+    text = block[start:end]
+    if block[value_at] & 0x80:
+        return size <= MAX_READ_BYTES and _is_good_in_huffman_code(text)
+    return size <= MAX_VALUE_BYTES and _VALUE.fullmatch(text) is not None
 
 
-def _literal(name: bytes, value: bytes) -> bytes:
-    """A field that refers to nothing before it (RFC 7541, 6.2.2)."""
-    return b"\0" + encode_integer(len(name), 7) + name + encode_integer(len(value), 7) + value
+def _integer(block: bytes, at: int, bits: int) -> tuple[int, int]:
+    """An integer (RFC 7541, 5.1), and where it ends.
+
+    Raises:
+        IndexError: it does not end, or is longer than any length.
+    """
+    most = (1 << bits) - 1
+    number = block[at] & most
+    at += 1
+    if number < most:
+        return number, at
+    for shift in range(0, 28, 7):
+        part = block[at]
+        at += 1
+        number += (part & 0x7F) << shift
+        if part < 0x80:
+            return number, at
+    raise IndexError
+
+
+def _end_of_text(block: bytes, at: int) -> int:
+    size, start = _integer(block, at, 7)
+    if start + size > len(block):
+        raise IndexError
+    return start + size
+
+
+@lru_cache(1_024)
+def _is_good_in_huffman_code(text: bytes) -> bool:
+    try:
+        return _VALUE.fullmatch(decode_huffman(text)) is not None
+    except HPACKError:
+        # ngh2 ends the connection.
+        return True
 
 
 def _frames(kind: int, flags: int, stream: bytes, payload: bytes) -> list[bytes]:

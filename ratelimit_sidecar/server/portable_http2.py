@@ -3,8 +3,8 @@
 This one is slower, and differs in some points. When a stream ends in the middle of a DATA frame, ngh2 does not say how
 much of that frame had arrived, so as much of the connection's window is lost. A connection that has lost half of its
 window must be replaced. A request with headers that are too large ends its connection. Headers that never end are
-neither noticed nor counted. One header over 64 KiB is left out (`portable_headers`), and what is no HPACK is noticed at
-the end of its block.
+neither noticed nor counted. Long headers are left out (`portable_headers`), what is no HPACK is noticed at the end of
+its block, and a name that HTTP does not allow resets the stream.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import ngh2
 from ngh2 import DataReceived, NGH2Error, RequestReceived, StreamClosed, TrailersReceived
 
 from ratelimit_sidecar.server.framing import frame
-from ratelimit_sidecar.server.portable_headers import HeaderFilter, TooManyHeaders
+from ratelimit_sidecar.server.portable_headers import HeaderFilter, TooManyHeaders, is_left_out
 
 ENHANCE_YOUR_CALM: Final = 0xB
 PROTOCOL_ERROR: Final = 0x1
@@ -334,7 +334,8 @@ class Session:
         requests = self._requests
         for event in self._connection.events():
             if isinstance(event, RequestReceived):
-                request = Request(event.stream_id, event.headers, event.end_stream)
+                headers = tuple([field for field in event.headers if not is_left_out(field[1])])
+                request = Request(event.stream_id, headers, event.end_stream)
                 requests[request.stream_id] = request
                 self._changed.append(request)
             elif isinstance(event, DataReceived):

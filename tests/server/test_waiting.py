@@ -151,7 +151,7 @@ async def test_headers_count_as_well() -> None:
     service = WaitingService()
     async with front_end_of(service, "h2") as front_end, connected(front_end.addresses[0]) as client:
         assert isinstance(front_end, GrpcFrontEnd)
-        stream = client.open(PATH, headers=[*GRPC_HEADERS, (b"x-large", b"x" * (MAX_HEADER_BYTES // 8))])
+        stream = client.open(PATH, headers=[*GRPC_HEADERS, *[(b"x-large", b"x" * 1_000)] * (MAX_HEADER_BYTES // 8_000)])
         client.send(stream, frame(REQUEST))
         await service.until_waiting(1)
         assert front_end.held_bytes > MAX_HEADER_BYTES // 8
