@@ -65,6 +65,17 @@ class HeaderFilter:
         self._stream = b""
         """Whose block it is."""
 
+    @property
+    def stream_id(self) -> int:
+        """Whose header block has begun and is not complete; 0 when there is none."""
+        stream = self._stream if self._parts else self._unread[5:FRAME_HEAD_BYTES]
+        return int.from_bytes(stream) & 0x7FFFFFFF if len(stream) == 4 else 0
+
+    @property
+    def held_bytes(self) -> int:
+        """The memory of what waits for its rest."""
+        return len(self._unread) + sum(map(len, self._parts))
+
     def receive(self, data: bytes | memoryview) -> bytes:
         """Returns what ngh2 is to receive.
 

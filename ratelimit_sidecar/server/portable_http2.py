@@ -2,9 +2,9 @@
 
 This one is slower, and differs in some points. When a stream ends in the middle of a DATA frame, ngh2 does not say how
 much of that frame had arrived, so as much of the connection's window is lost. A connection that has lost half of its
-window must be replaced. A request with headers that are too large ends its connection. Headers that never end are
-neither noticed nor counted. Long headers are left out (`portable_headers`), what is no HPACK is noticed at the end of
-its block, and a name that HTTP does not allow resets the stream.
+window must be replaced. A request with headers that are too large ends its connection. Long headers are left out
+(`portable_headers`), what is no HPACK is noticed at the end of its block, and a name that HTTP does not allow resets
+the stream.
 """
 
 from __future__ import annotations
@@ -137,8 +137,6 @@ class Session:
         self.ponged = b""
         self.sent_goaway_code = 0
         self.is_over = False
-        self.amid_headers_of = 0
-        self.amid_header_bytes = 0
         self.has_more = False
         self.finished = 0
         self._submitted = 0
@@ -172,6 +170,14 @@ class Session:
     @property
     def taken(self) -> int:
         return self._submitted - self.unsent
+
+    @property
+    def amid_headers_of(self) -> int:
+        return self._header_filter.stream_id
+
+    @property
+    def amid_header_bytes(self) -> int:
+        return self._header_filter.held_bytes
 
     @property
     def needs_replacing(self) -> bool:
