@@ -62,19 +62,20 @@ class HeaderFilter:
         """The beginning of a frame."""
         self._parts: list[bytes] = []
         """Of a header block that is not complete. ngh2 has its first frame, but with nothing of the block."""
-        self._stream = b""
-        """Whose block it is."""
+        self._block_of = 0
+        """Its stream."""
 
     @property
     def stream_id(self) -> int:
         """Whose header block has begun and is not complete; 0 when there is none."""
-        stream = self._stream if self._parts else self._unread[5:FRAME_HEAD_BYTES]
-        return int.from_bytes(stream) & 0x7FFFFFFF if len(stream) == 4 else 0
+        if self._parts:
+            return self._block_of
+        return _stream_id(self._unread) if len(self._unread) >= FRAME_HEAD_BYTES else 0
 
     @property
     def held_bytes(self) -> int:
-        """The memory of what waits for its rest."""
-        return len(self._unread) + sum(map(len, self._parts))
+        """The memory of that block."""
+        return len(self._unread) + sum(map(len, self._parts)) if self.stream_id else 0
 
     def receive(self, data: bytes | memoryview) -> bytes:
         """Returns what ngh2 is to receive.
@@ -95,7 +96,8 @@ class HeaderFilter:
                 break
             length, kind = int.from_bytes(data[at : at + 3]), data[at + 3]
             size = FRAME_HEAD_BYTES + length
-            if length > MAX_FRAME_BYTES or (not self._parts and kind != _HEADERS):
+            begins = kind == _HEADERS and _stream_id(data[at : at + FRAME_HEAD_BYTES])
+            if length > MAX_FRAME_BYTES or not (self._parts or begins):
                 self._passing = size
                 continue
             if len(data) - at < size:
@@ -115,10 +117,10 @@ class HeaderFilter:
             padding = payload[0] if flags & _PADDED and payload else 0
             if len(payload) < head_bytes + padding:
                 return [part]
-            self._stream = stream
+            self._block_of = _stream_id(part)
             begin = payload[flags & _PADDED > 0 : head_bytes]
             payload = payload[head_bytes : len(payload) - padding]
-        elif kind != _CONTINUATION or stream != self._stream:
+        elif kind != _CONTINUATION or _stream_id(part) != self._block_of:
             return [part]
         self._parts.append(payload)
         if len(self._parts) > self._max_parts:
@@ -160,6 +162,10 @@ class HeaderFilter:
 def is_left_out(value: bytes) -> bool:
     """Whether this is the stand-in."""
     return value == _LEFT_OUT
+
+
+def _stream_id(frame: bytes) -> int:
+    return int.from_bytes(frame[5:FRAME_HEAD_BYTES]) & 0x7FFFFFFF
 
 
 def _is_good(block: bytes, value_at: int, end: int) -> bool:
