@@ -35,6 +35,12 @@ FIRST = ("stalls", "chaos", "e2e", "simulation", "fabric", "persistence", "deplo
 """Folders whose files take longest. Several processes run a file each, so what takes long must not come last."""
 
 
+# uvloop forks this process to start another. Until that becomes the other program it has none of gRPC's threads: gRPC's
+# handlers of a fork may crash there, and a garbage collection of its objects waits for a thread for ever.
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+os.register_at_fork(before=gc.disable, after_in_parent=gc.enable)
+
+
 # Ten thousand tests are found, and stay until the end. Python need not look through them for garbage, which takes a
 # quarter of the time to find them, and again in each full collection.
 def pytest_configure() -> None:
