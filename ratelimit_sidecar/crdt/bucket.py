@@ -23,6 +23,7 @@ from typing import Final, NamedTuple
 
 from ratelimit_sidecar.crdt.journal import Journal, Refused
 from ratelimit_sidecar.crdt.limit import MAX_EXPONENT, AnyLimit
+from ratelimit_sidecar.crdt.places import RuleRoom
 from ratelimit_sidecar.crdt.slot import slot_end_us
 from ratelimit_sidecar.crdt.untracked_dict import untrack
 
@@ -139,6 +140,7 @@ class Bucket(ABC):
         "journal",
         "key",
         "origin",
+        "room",
     )
 
     def __init__(self, key: bytes, origin: Origin, now_us: int, journal: Journal | None = None) -> None:
@@ -147,6 +149,8 @@ class Bucket(ABC):
         """The time of the last call."""
         self.origin = origin
         self.journal = journal
+        self.room: RuleRoom | None = None
+        """That of its rule, if a store has made it."""
         self._own_slot = NO_SLOT
         """The slot that is open, with `_own_tokens` in it; all others are in `_own`."""
         self._own_tokens = 0
@@ -638,7 +642,8 @@ class Bucket(ABC):
         journal = self.journal
         if journal is None or self._is_restoring or journal.has_room_for_all:
             return True
-        if self._is_peer(origin) and journal.has_room(quarters=5 if origins <= LEAST_ORIGINS else 4):
+        quarters = 3 if not self._is_peer(origin) else 5 if origins <= LEAST_ORIGINS else 4
+        if journal.has_room(quarters, journal.received_bytes if self.room is None else self.room.received_bytes):
             return True
         self._refuse(Refused.FULL)
         return False
@@ -646,8 +651,11 @@ class Bucket(ABC):
     def _count_received(self, origins: int, entries: int) -> None:
         """There are so many more, or fewer, of others."""
         self._received_entries += entries
+        size = ORIGIN_BYTES * origins + ENTRY_BYTES * entries
         if self.journal is not None:
-            self.journal.received_bytes += ORIGIN_BYTES * origins + ENTRY_BYTES * entries
+            self.journal.received_bytes += size
+        if self.room is not None:
+            self.room.received_bytes += size
 
     def _refuse(self, why: Refused) -> None:
         if self.journal is not None:

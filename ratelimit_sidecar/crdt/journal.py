@@ -12,6 +12,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
 from ratelimit_sidecar.crdt.limit import URGENT_SHARE
+from ratelimit_sidecar.crdt.places import RULE_SHARE
 
 if TYPE_CHECKING:
     from ratelimit_sidecar.crdt.bucket import Bucket, Origin
@@ -37,8 +38,8 @@ class Refused(StrEnum):
     """An origin beyond the `MAX_ORIGINS` of a bucket, or, of one that is no connected peer, an entry beyond its
     `MAX_RECEIVED`."""
     FULL = "full"
-    """An entry beyond those of `LEAST_ORIGINS` connected peers in a bucket, while those of all buckets take as much
-    memory as they may."""
+    """An entry beyond those of `LEAST_ORIGINS` connected peers in a bucket, while those of all buckets, or of all of
+    its rule, take as much memory as they may."""
     SLOTS = "slots"
     """A slot that is older than the `MAX_SLOTS` newest of its origin in the bucket."""
     OWN = "own"
@@ -126,7 +127,7 @@ class Journal:
         self.max_received_bytes = max_received_bytes
         """The most memory that entries of other origins may take in all buckets. Three quarters may be taken by those
         that are no connected peers, as a member may have invented them; a fourth more where a bucket has few of them
-        (`LEAST_ORIGINS`)."""
+        (`LEAST_ORIGINS`). Each rule may take `RULE_SHARE` times what is left of that."""
         self.received_bytes = 0
         """About what they take."""
         self.horizon_shift = 0
@@ -153,14 +154,18 @@ class Journal:
         never set back.
         """
 
-    def has_room(self, quarters: int) -> bool:
-        """Whether entries of other origins take less memory than so many quarters of `max_received_bytes`."""
-        return self.received_bytes < (self.max_received_bytes >> 2) * quarters
+    def has_room(self, quarters: int, of_rule: int) -> bool:
+        """Whether there is room for another entry of another origin, in so many quarters of `max_received_bytes`.
+
+        Args:
+            of_rule: the memory of those of the bucket's rule.
+        """
+        return of_rule < RULE_SHARE * ((self.max_received_bytes >> 2) * quarters - self.received_bytes)
 
     @property
     def has_room_for_all(self) -> bool:
-        """Whether entries of any origin are taken, also of those that are no connected peers."""
-        return self.has_room(quarters=3)
+        """Whether entries of any origin and rule are taken, also of those that are no connected peers."""
+        return self.has_room(3, self.received_bytes)
 
     @property
     def is_crowded(self) -> bool:

@@ -155,6 +155,8 @@ class Store:
                     self.full_since_us = now_us
                 raise StoreFull
             bucket = _make_bucket(key, limit, self.origin, now_us, self.journal if replicated else None)
+            if replicated:
+                bucket.room = self.places.room_of(key)
             self._buckets.add(key, bucket)
         elif bucket.limit is not limit and bucket.limit != limit:
             bucket.set_limit(limit, now_us)

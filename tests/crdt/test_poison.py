@@ -176,6 +176,25 @@ def test_what_all_buckets_together_hold_of_others_is_bounded_and_peers_have_thei
     assert join(store, b"0", None, [Entry(THERE, slot_of(limit, later_us), 1)], later_us) == 1
 
 
+@all_limits
+@pytest.mark.parametrize("is_connected", [False, True])
+def test_however_much_others_take_of_one_rule_there_is_room_for_what_they_take_of_another(
+    limit: AnyLimit, is_connected: bool
+) -> None:
+    most = 1 << 18
+    store = Store(HERE, lambda _key: limit, max_received_bytes=most, rule_key=lambda key: key[:1])
+    if is_connected:
+        store.journal.peers.add(THERE)
+    entries = [Entry(THERE, slot_of(limit), 1)]
+    keys = [b"a%d" % number for number in range(2 * most // (ORIGIN_BYTES + ENTRY_BYTES))]
+    news = sum(join(store, key, None, entries, NOW_US) for key in keys)
+    share = most * (5 if is_connected else 3) // 4 * 8 // 9
+    assert news == share // (ORIGIN_BYTES + ENTRY_BYTES) + 1
+    assert store.journal.refused[Refused.FULL] == len(keys) - news
+    assert not store.journal.has_room_for_all
+    assert all(join(store, b"b%d" % number, None, entries, NOW_US) for number in range(50))
+
+
 def test_members_with_many_slots_in_each_bucket_are_bounded_too() -> None:
     """Several, as of one certificate for a region."""
     most = 1 << 18
@@ -227,7 +246,7 @@ def test_many_slots_of_one_member_have_no_sums_beside_them() -> None:
 def test_the_memory_of_what_others_took_is_counted_through_all_that_may_happen(
     limit: AnyLimit, steps: list[tuple[str, int, int, int]]
 ) -> None:
-    store = store_of(HERE, limit)
+    store = Store(HERE, lambda _: limit, rule_key=lambda key: b"%d" % (int(key) // 2))
     now_us, lives = NOW_US, 1
     for what, number, of, ahead in steps:
         now_us += ahead * (1 << limit.exponent) >> 2
@@ -251,6 +270,9 @@ def test_the_memory_of_what_others_took_is_counted_through_all_that_may_happen(
         held = [slots for bucket in store for origin, slots in bucket.taken.items() if origin != bucket.origin]
         entries = sum(map(len, held))
         assert store.journal.received_bytes == ORIGIN_BYTES * len(held) + ENTRY_BYTES * entries
+        rooms = {id(bucket.room): bucket.room.received_bytes for bucket in store if bucket.room is not None}
+        assert len(rooms) == len({int(bucket.key) // 2 for bucket in store})
+        assert sum(rooms.values()) == store.journal.received_bytes
 
 
 def slot_of(limit: AnyLimit, now_us: int = NOW_US) -> int:
