@@ -195,6 +195,12 @@ class Store:
             bucket.correct_by_sender(corrector, entries, now_us)
         return bucket.merge(entries, now_us)
 
+    def take_refused(self) -> int:
+        """How many entries were refused since this was asked last, or since `Journal.refused` was cleared."""
+        refused = self.journal.refused.total()
+        self.journal.refused.clear()
+        return refused
+
     def restore(
         self,
         key: bytes,

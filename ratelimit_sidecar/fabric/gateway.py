@@ -198,11 +198,11 @@ class Gateway:
         region.no_room = 0
         store = region.store
         store.sweep(self._now_us(), SWEPT_BUCKETS * len(self._keys.shards))
-        if store.refused_keys:
+        if store.refused_keys or region.unshared:
             if not self._status.gateway_unshared:
-                _log.warning("gateway_full", buckets=len(store), fix="a greater max_buckets, or fewer keys")
-            self._status.gateway_unshared += store.refused_keys
-            store.refused_keys = 0
+                _log.warning("gateway_full", buckets=len(store), fix="more memory or max_buckets, or fewer keys")
+            self._status.gateway_unshared += store.refused_keys + region.unshared
+            store.refused_keys = region.unshared = 0
 
     def _begin(self, token: int) -> _Term:
         member = None

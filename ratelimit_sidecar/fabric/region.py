@@ -104,6 +104,8 @@ class Region:
         self.odd = 0
         """Buckets of the fabric that could not be read or written."""
         self.no_room = 0
+        self.unshared = 0
+        """Entries of this region that the store had no room for."""
         """Answers that there was no room in Redis for news."""
         self._keys = keys
         self._max_news = max_news
@@ -207,6 +209,7 @@ class Region:
                     self.store.join(key, limit, sums.base, sums.entries, now_us)
                     for base in sums.other_bases if is_new else ():
                         self.store.join(key, limit, base, (), now_us)
+                    self.unshared += self.store.take_refused()
                     bucket = self.store.get(key)
                     if bucket is not None and sums.entries:
                         changes.append((bucket, sums.entries))

@@ -365,6 +365,7 @@ class Sharing:
                 self._store.join(bucket.key, bucket.limit, others.base, others.entries, now_us)
                 for base in () if shared.seen else others.other_bases:
                     self._store.join(bucket.key, bucket.limit, base, (), now_us)
+                self.unshared += self._store.take_refused()
                 # They add to what was sealed here, and of two bases only the larger one counts.
                 is_partial = is_partial or (shared.seen > 0 and others.is_folded)
         except BadRecord:

@@ -13,10 +13,10 @@ class FabricStatus:
         ticks, call_seconds: ticks that were answered, and the seconds they took in all.
         failed: ticks that were not answered.
         buckets: that are shared.
-        unshared: changes of buckets for which there was no room among the shared ones.
+        unshared: changes of buckets for which there was no room among the shared ones, and of what others took.
         no_room, no_room_at_gateway: answers that Redis may hold nothing more of a bucket, since its rule has too many.
-        gateway_unshared: how often the gateway had no room for a bucket, so that other regions did not receive it,
-            or this region what they took.
+        gateway_unshared: how often the gateway had no room for a bucket, or for what was taken, so that other regions
+            did not receive it, or this region what they took.
         odd, odd_at_gateway: answers that a bucket cannot be shared, since Redis has something else under its name.
         last_us: when the latest answered tick began, microseconds since the epoch.
         degraded_reason: why nothing is shared; "" when it is.

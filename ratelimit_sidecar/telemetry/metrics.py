@@ -245,9 +245,9 @@ METRICS: tuple[Definition, ...] = (
         "ratelimit_fabric_unshared_total",
         "counter",
         ("region", "reason"),
-        "Changes of buckets that were not shared: `room`, as too many are in use; `gateway_room`, with other regions,"
-        " as there are more than the gateway may hold; `redis_room`, as Redis may hold no more of their rule, each time"
-        " it is tried; `odd`, as Redis has no bucket there.",
+        "Changes of buckets that were not shared: `room`, as too many are in use, or what others took has no room here;"
+        " `gateway_room`, with other regions, as there is more than the gateway may hold; `redis_room`, as Redis may"
+        " hold no more of their rule, each time it is tried; `odd`, as Redis has no bucket there.",
         read_source_by(
             lambda sources: sources.fabric,
             lambda fabric: {

@@ -491,16 +491,20 @@ class Plain(Sidecar):
         self.fabric.note(self.store.drain_changes())
 
 
-async def test_while_memory_for_what_others_took_is_short_it_is_still_joined(server: RedisServer) -> None:
+@pytest.mark.parametrize(("filled", "joined"), [(1, 100), (2, 0)])
+async def test_while_memory_for_what_others_took_is_short_it_is_still_joined_and_counted_when_it_is_not(
+    server: RedisServer, filled: int, joined: int
+) -> None:
     a, b = (Plain(name, server, WindowLimit(100, 60 * SECOND_US, Window.SLIDING)) for name in "ab")
     journal = a.store.journal
-    journal.received_bytes = journal.max_received_bytes
+    journal.received_bytes = filled * journal.max_received_bytes
     b.hit(100)
     await b.share()
     a.hit(1)
     await a.share()
     [bucket] = list(a.store)
-    assert bucket.fold(a.now_us) == 101
+    assert bucket.fold(a.now_us) == joined + 1
+    assert (a.fabric.status.unshared > 0) == (not joined)
     for each in (a, b):
         await each.close()
 
@@ -586,15 +590,19 @@ async def test_a_gateway_that_gets_its_rules_late_reads_what_there_is(server: Re
     await gateway.link.close()
 
 
-async def test_while_its_memory_is_short_a_gateway_still_reads_what_its_region_took(server: RedisServer) -> None:
+@pytest.mark.parametrize(("filled", "is_full"), [(1, False), (2, True)])
+async def test_while_its_memory_is_short_a_gateway_still_reads_what_its_region_took_and_counts_what_it_cannot(
+    server: RedisServer, filled: int, is_full: bool
+) -> None:
     store = make_store(Origin("gateway", 1))
     gateway = AtGateway(server, store)
-    store.journal.received_bytes = store.journal.max_received_bytes
+    store.journal.received_bytes = filled * store.journal.max_received_bytes
     async with sidecars(server, "a") as [a]:
         a.take("x", 10)
         await a.share()
         await gateway.know_all()
-        assert [sum(entry.tokens for entry in bucket.entries()) for bucket in store] == [10]
+        assert [sum(entry.tokens for entry in bucket.entries()) for bucket in store] == [0 if is_full else 10]
+        assert (gateway.region.unshared > 0) == is_full
     await gateway.link.close()
 
 
