@@ -3,9 +3,9 @@
 A bucket is *busy* until 1 s after something was taken here, and asked about at each tick. Then it *rests*: it is asked
 about once a second, and after 10 s no more. What is told is kept until it is answered: what failed is told again.
 
-A tick asks about a limited number, of more in turn. Buckets that are nearly used up are asked about first, and get room
-before others: so whoever invents keys keeps nobody's limit from being shared. Room and turns are of all shards
-together, since callers can choose keys of one shard.
+A tick asks about a limited number, of more in turn. First come some of each limit that were not busy before, or are
+nearly used up; these get room before others, too. So whoever invents keys keeps no other limit from being shared. Room
+and turns are of all shards together, since callers can choose keys of one shard.
 
 All work is cut into batches, so that no tick has the loop to itself for long.
 """
@@ -213,6 +213,9 @@ class Sharing:
                 shared = _Shared(bucket, now_us)
                 young_objects.note(_OBJECTS)
             self._busy[key] = shared
+            if not is_urgent:
+                # It is not known, or was a while ago, what others took of it.
+                self._urgent.add(bucket)
         shared.used_us = now_us
         shared.is_urgent = is_urgent
         shared.waiting = join_slots(shared.waiting, slots)

@@ -87,17 +87,24 @@ def test_what_changes_while_an_answer_is_awaited_that_never_comes_is_told_with_w
     assert sorted(ask().told) == [2, 3]
 
 
-def test_a_bucket_that_is_nearly_used_up_is_asked_about_before_all_others() -> None:
+def test_a_bucket_that_is_nearly_used_up_takes_turns_with_those_of_its_limit_that_are_new() -> None:
     node = Node()
     node.flood(2_000)
     node.take(b"honest", 90)
-    assert node.tick()[0] == b"honest"
-    assert node.tick()[0] != b"honest"
+    assert b"honest" in node.tick()[:2]
+    assert b"honest" not in node.tick()[:2]
     node.take(b"honest")
     assert node.tick()[0] == b"honest"
 
 
-def test_a_bucket_that_gets_nearly_used_up_amid_a_tick_is_asked_about_next() -> None:
+def test_invented_keys_of_another_limit_do_not_keep_a_new_bucket_from_hearing_what_others_took() -> None:
+    node = Node()
+    node.flood(2_000)
+    node.take(b"honest", limit=LIMIT)
+    assert b"honest" in node.tick()[:2]
+
+
+def test_a_bucket_that_gets_nearly_used_up_amid_a_tick_is_asked_about_soon() -> None:
     node = Node()
     node.take(b"honest", 50)
     node.flood(50)
@@ -106,7 +113,7 @@ def test_a_bucket_that_gets_nearly_used_up_amid_a_tick_is_asked_about_next() -> 
     for hits in (40, 5, 5):
         assert node.ask_next() != b"honest"
         node.take(b"honest", hits)
-        assert node.ask_next() == b"honest"
+        assert b"honest" in (node.ask_next(), node.ask_next())
 
 
 def test_invented_keys_of_another_limit_that_get_used_up_do_not_hold_up_one_of_this_limit() -> None:
@@ -133,7 +140,8 @@ def test_a_bucket_that_stays_nearly_used_up_takes_one_place_only() -> None:
     for _ in range(MAX_URGENT_OF_LIMIT):
         node.sharing.note(node.store.bucket(b"first", HUNDRED, NOW_US), [], NOW_US)
     node.take(b"second", 90)
-    assert node.tick()[:2] == [b"first", b"second"]
+    # In between are two that are new.
+    assert [key for key in node.tick()[:4] if key in {b"first", b"second"}] == [b"first", b"second"]
 
 
 def test_a_tick_asks_about_some_only_and_the_next_ones_about_the_others() -> None:
