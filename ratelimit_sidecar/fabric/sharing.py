@@ -4,8 +4,8 @@ A bucket is *busy* until 1 s after something was taken here, and asked about at 
 about once a second, and after 10 s no more. What is told is kept until it is answered: what failed is told again.
 
 A tick asks about a limited number, of more in turn. First come some of each limit that were not busy before, or are
-nearly used up; these get room before others, too. So whoever invents keys keeps no other limit from being shared. Room
-and turns are of all shards together, since callers can choose keys of one shard.
+nearly used up; the latter get room before others, too. So whoever invents keys keeps no other limit from being shared.
+Room and turns are of all shards together, since callers can choose keys of one shard.
 
 All work is cut into batches, so that no tick has the loop to itself for long.
 """
