@@ -104,9 +104,9 @@ class Region:
         self.odd = 0
         """Buckets of the fabric that could not be read or written."""
         self.no_room = 0
+        """Answers that there was no room in Redis for news."""
         self.unshared = 0
         """Entries of this region that the store had no room for."""
-        """Answers that there was no room in Redis for news."""
         self._keys = keys
         self._max_news = max_news
         self._again: Iterator[Bucket] | None = None
